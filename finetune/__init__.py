@@ -1,0 +1,1 @@
+"""Everything that changes encoder weights, and what is done with the result."""

@@ -1,0 +1,121 @@
+"""What a probe is reported beside: a random encoder, raw pixels, zero-shot. All score the reported split."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eva_clip.models import build_model
+from eva_clip.transforms import to_rgb
+from probes.data import decode
+from probes.fit import Fitted, fit_probe
+from probes.heads import build_zero_shot_weights
+from probes.results import Baseline
+from probes.scoring import collect_scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from probes.sections import Recipe
+    from probes.splits import Split, Splits
+
+PIXEL_SIDE = 32
+REGULARISATION_PATH = (1e-4, 1e-3, 1e-2)
+"""Inverse regularisation strengths C that the raw-pixel baseline chooses from."""
+
+
+def compute_baselines(recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) -> list[Baseline]:
+    """The baselines that a recipe asks for, each trained and chosen on the same samples as the probe."""
+    found = []
+    if recipe.baselines.zero_shot:
+        found.append(_zero_shot(recipe, splits, fitted, reported))
+    if recipe.baselines.raw_pixels:
+        found.append(_raw_pixels(recipe, splits, reported))
+    if recipe.baselines.random_encoder:
+        found.append(_random_encoder(recipe, splits, reported))
+    return found
+
+
+def _random_encoder(recipe: Recipe, splits: Splits, reported: Split) -> Baseline:
+    fitted = fit_probe(recipe, splits, weights="random")
+    score = collect_scores(fitted.module, len(reported), reported.name)[0]
+    return Baseline(
+        "same probe, random encoder",
+        score.top1,
+        f"The recipe with the encoder's weights freshly initialised from seed {recipe.run.seed}.",
+    )
+
+
+def _raw_pixels(recipe: Recipe, splits: Splits, reported: Split) -> Baseline:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    def fit(strength: float, pixels: NDArray[np.float32], targets: NDArray[np.int64]) -> object:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200)).fit(pixels, targets)
+
+    skip = recipe.data.on_corrupt == "skip"
+    train, train_targets = _read_pixels(splits.train, skip)
+    test, test_targets = _read_pixels(reported, skip)
+    strength, rule = 1e-3, "C = 0.001, no split to choose it on"
+    # These products are small: threads would wait for each other longer than they compute.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping is one more regulariser here
+        if splits.selection is not None and splits.selection is not reported:
+            held, held_targets = _read_pixels(splits.selection, skip)
+            scores = [
+                fit(c, train, train_targets).score(held, held_targets)  # type: ignore[attr-defined]
+                for c in REGULARISATION_PATH
+            ]
+            strength = REGULARISATION_PATH[int(np.argmax(scores))]
+            rule = f"C = {strength:g} chosen on {splits.selection.name}, which then joined train"
+            train = np.concatenate([train, held])
+            train_targets = np.concatenate([train_targets, held_targets])
+        model = fit(strength, train, train_targets)
+    score = 100 * float(model.score(test, test_targets))  # type: ignore[attr-defined]
+    return Baseline(
+        "raw pixels",
+        score,
+        f"Logistic regression on standardised {PIXEL_SIDE} x {PIXEL_SIDE} RGB pixels; {rule}.",
+    )
+
+
+def _read_pixels(split: Split, skip: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Pixels [N, side·side·3] in [0, 1] and targets [N]; unreadable images are left out when `skip`."""
+    rows, kept = [], []
+    for position, index in enumerate(split.indices):
+        try:
+            image = to_rgb(decode(split.source.read(int(index))))
+        except Exception:  # Pillow raises many kinds; see `probes.data`
+            if not skip:
+                raise
+            continue
+        rows.append(np.asarray(image.resize((PIXEL_SIDE, PIXEL_SIDE), Image.Resampling.BICUBIC)).reshape(-1))
+        kept.append(position)
+    pixels: NDArray[np.float32] = np.stack(rows).astype(np.float32)
+    return pixels / np.float32(255), split.targets[kept]
+
+
+@torch.no_grad()
+def _zero_shot(recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) -> Baseline:
+    size = recipe.model.image_size
+    model, _ = build_model(recipe.model.name, recipe.model.weights, image_size=size, pos_embed=recipe.model.pos_embed)
+    names = [name.replace("-", " ").replace("_", " ") for name in splits.classes]
+    weights = build_zero_shot_weights(model, names, [recipe.baselines.prompt])
+    correct = total = 0
+    for batch in fitted.data.loader(reported.name, 64):
+        if len(batch["target"]):
+            logits = model.encode_image(batch["image"], normalize=True).float() @ weights.T
+            correct += int((logits.argmax(dim=1) == batch["target"]).sum())
+            total += len(batch["target"])
+    return Baseline(
+        "zero-shot",
+        100 * correct / total,
+        f"Class names through the model's own text tower, prompt {recipe.baselines.prompt!r}; nothing is trained.",
+    )

@@ -1,0 +1,106 @@
+"""The end of every run: predictions, head, report, result, and what is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import TYPE_CHECKING
+
+from probes.recipe import dump_recipe
+from probes.results import Predictions, RunResult
+from probes.scoring import predictions_csv
+from probes.sections import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from probes.fit import Fitted
+    from probes.runs import RunFolder
+    from probes.splits import Split, Splits
+
+
+def reported_split(splits: Splits) -> Split:
+    """The split that a run's figure stands on: test, or what selects when there is no test (and then a note says so).
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    if splits.test is not None:
+        return splits.test
+    if splits.selection is None:
+        raise RecipeError(
+            "there is nothing to score on; give data.test, or data.val, or data.holdout=0.2 (a fifth of train)"
+        )
+    splits.notes.append(
+        f"There is no test split: the reported score is on {splits.selection.name}, which also chose the epoch, and is "
+        "optimistic by as much."
+    )
+    return splits.selection
+
+
+def save_head(run: RunFolder, recipe: Recipe, fitted: Fitted, classes: list[str]) -> None:
+    """Write the reported head as `head.safetensors`, with all that is needed to use it in its metadata."""
+    from safetensors.torch import save_file
+
+    metadata = {
+        "model": recipe.model.name,
+        "encoder_sha256": fitted.encoder_sha256,
+        "features": json.dumps({key: getattr(recipe.features, key) for key in ("pool", "projected", "l2norm")}),
+        "image_size": str(fitted.encoder.spec.vision.image_size),
+        "head": recipe.head.kind,
+        "classes": json.dumps(classes),
+    }
+    tensors = {key: value.contiguous().cpu() for key, value in fitted.module.head.state_dict().items()}
+    save_file(tensors, run.path / "head.safetensors", metadata=metadata)
+
+
+def finish_run(run: RunFolder, recipe: Recipe, result: RunResult, predictions: Predictions, split: Split) -> None:
+    """Write `predictions.csv`, `report.html` and, last, `result.json`; print the outcome."""
+    from probes.report import write_report
+
+    def read_image(position: int) -> Image.Image:
+        return _open_image(split, by_key[predictions.keys[position]])
+
+    by_key = {key: position for position, key in enumerate(split.keys)}
+    run.write_text("predictions.csv", predictions_csv(predictions, result.classes))
+    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    write_report(
+        run.path / "report.html",
+        result=result,
+        log=run.read_log(),
+        predictions=predictions,
+        read_image=read_image,
+        recipe_yaml=dump_recipe(recipe),
+        environment=environment,
+    )
+    run.write_json("result.json", result.to_json())
+    print_result(result)
+    print(f"report: {run.path / 'report.html'}")
+
+
+def print_result(result: RunResult) -> None:
+    """Scores, baselines and measured beside expected, as plain lines."""
+    print()
+    for score in result.scores:
+        chosen = {"schedule": "the schedule's end", score.split: f"{score.split} itself: an oracle"}
+        by = chosen.get(score.chosen_by, score.chosen_by)
+        print(
+            f"{score.name:>9}  top-1 {score.top1:6.2f}  top-5 {score.top5:6.2f}  on {score.samples} {score.split} "
+            f"images, epoch {score.epoch} (chosen by {by})"
+        )
+    for baseline in result.baselines:
+        difference = result.reported.top1 - baseline.top1
+        print(f" baseline  top-1 {baseline.top1:6.2f}  {baseline.name} (ours {difference:+.2f})")
+    for item in result.expectations:
+        measured = "not measured" if item.measured is None else f"{item.measured:.2f}"
+        print(f" expected  {item.name} {item.expected:.2f}, measured {measured}: {item.verdict}")
+    for note in result.notes:
+        print(f"     note  {note}")
+
+
+def _open_image(split: Split, position: int) -> Image.Image:
+    from PIL import Image
+
+    from eva_clip.transforms import to_rgb
+
+    return to_rgb(Image.open(io.BytesIO(split.source.read(int(split.indices[position])))))

@@ -1,0 +1,230 @@
+"""Fit a head to a recipe: the encoder, the batches, and Lightning's Trainer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from eva_clip.transforms import LinearProbeTransform, build_eval_transform
+from probes.data import ImageDataModule
+from probes.encoder import build_recipe_encoder
+from probes.features import FeatureSet, feature_key, load_or_extract
+from probes.heads import build_head
+from probes.module import LinearProbe
+from probes.plan import steps_per_epoch
+from probes.progress import is_terminal
+from probes.sampling import EpochSampler
+from probes.schedule import warmup_cosine
+from probes.sections import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from eva_clip.checkpoints import LoadReport
+    from eva_clip.encoder import VisionEncoder
+    from probes.runs import RunFolder
+    from probes.splits import Split, Splits
+
+EXTRACTION_BATCH = 64
+"""Images of one forward pass when features are cached."""
+
+
+class FeatureBatches(Sampler[list[int]]):
+    """Batches of row numbers in the order of an `EpochSampler`; Lightning sets the epoch."""
+
+    def __init__(self, sampler: EpochSampler, batch: int) -> None:
+        self.sampler, self.batch = sampler, batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = [row for _, row in self.sampler]
+        for start in range(0, len(rows), self.batch):
+            yield rows[start : start + self.batch]
+
+
+class FeatureRows(Dataset[dict[str, torch.Tensor]]):
+    """Cached features with their targets; an item is a whole batch of rows."""
+
+    def __init__(self, stored: FeatureSet, split: Split) -> None:
+        self.features = stored.features.float()
+        self.index = stored.index
+        self.targets = torch.from_numpy(split.targets)[stored.index]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        return {
+            "features": self.features[rows],
+            "target": self.targets[rows],
+            "index": self.index[rows],
+        }
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained probe and what is needed to score it."""
+
+    module: LinearProbe
+    encoder: VisionEncoder
+    loaders: dict[str, Any]
+    """Evaluation batches by split name, each sample once, in order."""
+    data: ImageDataModule
+    load_report: LoadReport | None
+    encoder_sha256: str
+
+
+def fit_probe(
+    recipe: Recipe,
+    splits: Splits,
+    *,
+    run: RunFolder | None = None,
+    weights: str = "",
+    on_row: Callable[[dict[str, float]], None] | None = None,
+) -> Fitted:
+    """Train the head of a recipe.
+
+    Args:
+        recipe: the recipe.
+        splits: its data.
+        run: where logs and checkpoints go; None keeps nothing (baselines).
+        weights: replaces the recipe's encoder weights.
+        on_row: called with every epoch's row.
+
+    Raises:
+        RecipeError: the recipe does not fit the data or the machine.
+    """
+    _check_machine(recipe)
+    pl.seed_everything(recipe.run.seed, verbose=False)
+    encoder, report = build_recipe_encoder(recipe, weights)
+    digest = encoder.weights_sha256()
+    data = build_data(recipe, splits, encoder)
+    if recipe.features.mode == "cached":
+        train, evaluation = _cached_loaders(recipe, splits, encoder, data)
+    else:
+        train, evaluation = None, {name: data.loader(name) for name in data.evaluation_names}
+    trainer_section, schedule = recipe.trainer, recipe.schedule
+    if train is None:
+        steps = data.samples_per_epoch // trainer_section.global_batch
+    else:  # fewer than the recipe plans when unreadable images were left out
+        steps = len(train) // trainer_section.accumulate
+    torch.manual_seed(recipe.run.seed)
+    module = LinearProbe(
+        build_head(recipe.head.kind, encoder.feature_dim, len(splits.classes)),
+        optimizer=recipe.optimizer,
+        schedule=warmup_cosine(recipe.optimizer.lr, schedule.final_lr, schedule.epochs, steps, schedule.warmup_epochs),
+        num_classes=len(splits.classes),
+        evaluation_names=data.evaluation_names,
+        encoder=encoder if train is None else None,
+        encoder_sha256=digest,
+        on_row=on_row,
+    )
+    trainer = _build_trainer(recipe, run)
+    checkpoint = run.path / "checkpoints" / "last.ckpt" if run and run.resumed else None
+    resume = str(checkpoint) if checkpoint and checkpoint.is_file() else None
+    try:
+        if train is None:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        else:
+            trainer.fit(module, train, list(evaluation.values()), ckpt_path=resume, weights_only=True)
+    except SystemExit as stop:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into a silent exit
+            raise KeyboardInterrupt from stop
+        raise
+    return Fitted(module, encoder, evaluation, data, report, digest)
+
+
+def build_data(recipe: Recipe, splits: Splits, encoder: VisionEncoder) -> ImageDataModule:
+    """The images of a recipe under the published training and evaluation views."""
+    spec, trainer = encoder.spec, recipe.trainer
+    size, mean, std = spec.vision.image_size, spec.image_mean, spec.image_std
+    steps = steps_per_epoch(len(splits.train), trainer.global_batch)
+    return ImageDataModule(
+        splits,
+        LinearProbeTransform(size, mean, std),
+        build_eval_transform(size, mean, std),
+        data=recipe.data,
+        micro_batch=trainer.micro_batch,
+        samples_per_epoch=steps * trainer.global_batch,
+        seed=recipe.run.seed,
+    )
+
+
+def _cached_loaders(
+    recipe: Recipe, splits: Splits, encoder: VisionEncoder, data: ImageDataModule
+) -> tuple[Any, dict[str, Any]]:
+    """Batches of cached features: of train in the order of training, of the other splits in their own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = {}
+    for name, split in splits.named.items():
+        stored = load_or_extract(
+            encoder,
+            data.loader(name, EXTRACTION_BATCH),
+            key=feature_key(encoder, split.fingerprint()),
+            folder=Path(recipe.features.cache),
+            name=name,
+            device=device,
+        )
+        data.skipped[name].update(set(split.keys) - {split.keys[row] for row in stored.index.tolist()})
+        rows[name] = FeatureRows(stored, split)
+    train, trainer = rows.pop(splits.train.name), recipe.trainer
+    used = steps_per_epoch(len(train), trainer.global_batch) * trainer.global_batch
+    order = FeatureBatches(EpochSampler(len(train), used, recipe.run.seed), trainer.micro_batch)
+    return DataLoader(train, sampler=order, batch_size=None), {
+        name: DataLoader(split, sampler=_in_order(len(split)), batch_size=None) for name, split in rows.items()
+    }
+
+
+def _in_order(count: int, batch: int = 4096) -> list[list[int]]:
+    return [list(range(start, min(start + batch, count))) for start in range(0, count, batch)]
+
+
+def _build_trainer(recipe: Recipe, run: RunFolder | None) -> pl.Trainer:
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # These concern what this code sets on purpose.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the encoder stays so
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 against newer torch
+    callbacks: list[Callback] = []
+    if run:
+        callbacks.append(
+            ModelCheckpoint(run.path / "checkpoints", save_last=True, save_top_k=0, save_on_train_epoch_end=True)
+        )
+    show_bar = run is not None and is_terminal()
+    if show_bar:
+        callbacks.append(RichProgressBar())
+    section = recipe.trainer
+    return pl.Trainer(
+        max_epochs=recipe.schedule.epochs,
+        devices=section.devices,
+        strategy=section.strategy,
+        precision="16-mixed" if section.precision == "fp16" else "32-true",
+        accumulate_grad_batches=section.accumulate,
+        logger=TensorBoardLogger(run.path, name="", version="tensorboard") if run else False,
+        callbacks=callbacks,
+        enable_checkpointing=run is not None,
+        enable_progress_bar=show_bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def _check_machine(recipe: Recipe) -> None:
+    if recipe.trainer.precision == "fp16" and not torch.cuda.is_available():
+        raise RecipeError("trainer.precision is fp16 and there is no GPU; use trainer.precision=bf16 (or fp32)")

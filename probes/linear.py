@@ -1,0 +1,128 @@
+"""`python -m probes.linear RECIPE`: train a linear head on a frozen encoder. Heavy imports wait until work begins."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probes.cli import run_command
+from probes.recipe import Recipe
+from probes.results import RunResult, compare_expected
+
+if TYPE_CHECKING:
+    from probes.fit import Fitted
+    from probes.runs import RunFolder
+    from probes.splits import Split, Splits
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `--plan` prints."""
+    from probes.plan import plan_linear
+
+    return plan_linear(recipe)
+
+
+def execute(recipe: Recipe, recipe_path: str) -> None:
+    """One run, from recipe to report."""
+    start = time.monotonic()
+    from probes.finish import finish_run, reported_split, save_head
+    from probes.plan import check_recipe
+    from probes.runs import RunFolder
+    from probes.splits import describe, prepare_splits
+
+    check_recipe(recipe)
+    splits = prepare_splits(recipe.data, recipe.run.seed)
+    reported = reported_split(splits)
+    check_recipe(recipe, len(splits.train))
+    run = RunFolder.create(recipe, recipe_path)
+    run.write_json("data.json", describe(splits))
+    print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
+
+    from probes.baselines import compute_baselines
+    from probes.fit import fit_probe
+    from probes.scoring import predict
+
+    fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs))
+    fitted.module.load_reported_head()
+    predictions = predict(fitted.module, fitted.loaders[reported.name], reported)
+    save_head(run, recipe, fitted, splits.classes)
+    result = summarise(recipe, Path(recipe_path), splits, fitted, reported, len(predictions.keys))
+    result.baselines.extend(compute_baselines(recipe, splits, fitted, reported))
+    result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
+    finish_run(run, recipe, result, predictions, reported)
+
+
+class EpochLines:
+    """Writes every epoch's row into `log.txt`, and prints it where no progress bar shows it (at most every 2 s)."""
+
+    def __init__(self, run: RunFolder, epochs: int) -> None:
+        self.run, self.epochs, self.last_line = run, epochs, 0.0
+
+    def __call__(self, row: dict[str, float]) -> None:
+        """Take one epoch's row."""
+        from probes.progress import is_terminal
+
+        self.run.append_log(row)
+        now = time.monotonic()
+        final = row["epoch"] == self.epochs - 1
+        if is_terminal() or (now - self.last_line < 2 and not final):
+            return
+        self.last_line = now
+        accuracies = ", ".join(f"{k.removesuffix('_acc1')} {v:.2f}" for k, v in row.items() if k.endswith("_acc1"))
+        print(
+            f"epoch {row['epoch']:.0f}/{self.epochs - 1}: lr {row['train_lr']:.4g}, loss {row['train_loss']:.4f}, "
+            f"top-1 {accuracies}",
+            flush=True,
+        )
+
+
+def summarise(
+    recipe: Recipe, recipe_path: Path, splits: Splits, fitted: Fitted, reported: Split, samples: int
+) -> RunResult:
+    """Scores, expectations, notes and facts of a finished fit."""
+    from probes.scoring import collect_scores
+
+    scores = collect_scores(fitted.module, samples, reported.name)
+    skipped = [
+        f"{len(keys)} unreadable image(s) of {name} were left out, the first {min(keys)}."
+        for name, keys in fitted.data.skipped.items()
+        if keys
+    ]
+    loaded = fitted.load_report.summary() if fitted.load_report else "none: randomly initialised"
+    features = recipe.features
+    return RunResult(
+        title=f"{recipe_path.parent.name}/{recipe_path.stem}",
+        method="probes.linear",
+        classes=splits.classes,
+        split_sizes={name: len(split) for name, split in splits.named.items()},
+        scores=scores,
+        expectations=compare_expected(recipe.expected, scores),
+        notes=[*splits.notes, *skipped],
+        facts={
+            "encoder": recipe.model.name,
+            "weights": loaded,
+            "encoder sha256": fitted.encoder_sha256,
+            "features": f"{features.pool}, {fitted.encoder.feature_dim}-d, {features.mode}",
+            "image size": f"{fitted.encoder.spec.vision.image_size} px",
+            "trainable parameters": f"{fitted.module.history[-1]['n_parameters']:,}",
+        },
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(
+        "python -m probes.linear",
+        "Train a linear head on the features of a frozen encoder; the run ends with a report.",
+        schema=Recipe,
+        plan=plan,
+        execute=execute,
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

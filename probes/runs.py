@@ -1,0 +1,161 @@
+"""Run folders: created before any work, never overwritten unasked, resumable, with provenance. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from probes.recipe import dump_recipe, load_recipe
+from probes.sections import Recipe, RecipeError
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "pytorch-lightning",
+    "torchmetrics",
+    "scikit-learn",
+    "numpy",
+    "pillow",
+)
+
+
+class RunFolder:
+    """One run's folder: `recipe.yaml`, `environment.json`, `data.json`, `log.txt`, `checkpoints/`, `result.json`, …"""
+
+    def __init__(self, path: Path, resumed: bool = False) -> None:
+        self.path = path
+        self.resumed = resumed
+
+    @classmethod
+    def create(cls, recipe: Recipe, recipe_path: str) -> RunFolder:
+        """Make or reopen the run folder that a recipe asks for, and write recipe and environment into it.
+
+        Raises:
+            RecipeError: the folder holds a run and `run.on_existing` is "error"; it holds something else; or the run
+                to resume is finished or had another recipe (the differing keys are named).
+        """
+        path = Path(recipe.run.dir) if recipe.run.dir else _fresh_path(recipe_path)
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"run.dir {path} is a file; choose a folder")
+        occupied = path.is_dir() and any(path.iterdir())
+        # Both: overwriting must not take a folder of pictures beside a recipe for a run.
+        is_run = all((path / name).is_file() for name in ("recipe.yaml", "environment.json"))
+        if occupied and not is_run:
+            raise RecipeError(f"run.dir {path} holds files that are no run; choose an empty or new folder")
+        if occupied and recipe.run.on_existing == "error":
+            raise RecipeError(
+                f"run.dir {path} already holds a run; choose another run.dir, or run.on_existing=resume to continue "
+                "it, or run.on_existing=overwrite to delete it first"
+            )
+        if occupied and recipe.run.on_existing == "resume":
+            _check_resumable(path, recipe)
+            return cls(path, resumed=True)
+        if occupied:
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder.write_text("recipe.yaml", dump_recipe(recipe))
+        folder.write_json("environment.json", describe_environment())
+        return folder
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file so that it is either whole or absent."""
+        target = self.path / name
+        temporary = target.with_name(f".{target.name}.partial")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def read_log(self) -> list[dict[str, float]]:
+        """Rows of `log.txt`, one per epoch; a last line cut short by a kill is left out."""
+        path = self.path / "log.txt"
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def append_log(self, row: Mapping[str, float]) -> None:
+        """Add one epoch to `log.txt`; an epoch that is there already (repeated after a resume) is kept as it was."""
+        path = self.path / "log.txt"
+        if any(logged["epoch"] == row["epoch"] for logged in self.read_log()):
+            return
+        cut_short = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(("\n" if cut_short else "") + json.dumps(row) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions, platform, processor count, command line and, in a checkout, the commit."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(sys.orig_argv),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": str(os.cpu_count()),
+        "commit": _commit(),
+        **versions,
+    }
+
+
+def _commit() -> str:
+    """Commit of the checkout that this code runs from, or "none"."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def _fresh_path(recipe_path: str) -> Path:
+    """`logs/<folder>-<recipe>-<time>`, with a counter when two runs start in one second."""
+    recipe = Path(recipe_path).resolve()
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    first = Path("logs") / f"{recipe.parent.name}-{recipe.stem}-{time}"
+    path, count = first, 1
+    while path.exists():
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    return path
+
+
+def _check_resumable(path: Path, recipe: Recipe) -> None:
+    if (path / "result.json").is_file():
+        raise RecipeError(f"the run in {path} is finished; there is nothing to resume")
+    stored = dataclasses.asdict(load_recipe(path / "recipe.yaml", schema=type(recipe)))
+    asked = dataclasses.asdict(recipe)
+    differing = sorted(
+        f"{section}.{key}"
+        for section, values in asked.items()
+        for key, value in values.items()
+        if section not in ("expected", "run") and stored[section][key] != value
+    )
+    if stored["run"]["seed"] != recipe.run.seed:
+        differing.append("run.seed")
+    if differing:
+        raise RecipeError(f"the run in {path} was started with other values of {', '.join(differing)}")

@@ -1,0 +1,232 @@
+"""The sections of a recipe: every key, its default, its limits and what it means. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A mistake of the user's in a recipe, its overrides or its data; the message says what to do."""
+
+
+def setting(default: Any = MISSING, *, choices: Sequence[Any] = (), low: Any = None, high: Any = None) -> Any:
+    """A dataclass field with a default, allowed values or an inclusive range."""
+    limits = {"choices": tuple(choices), "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+class Section:
+    """Base of all sections: rejects values outside a field's choices or range."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for item in fields(typing.cast(Any, self)):
+            value, limits = getattr(self, item.name), item.metadata
+            if value is None or not limits:
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{item.name} is {value!r}; expected a finite number")
+                continue
+            if limits["choices"] and value not in limits["choices"]:
+                expected = ", ".join(map(str, limits["choices"]))
+                problems.append(f"{item.name} is {value!r}; expected one of {expected}")
+            if limits["low"] is not None and value < limits["low"]:
+                problems.append(f"{item.name} is {value!r}; expected at least {limits['low']}")
+            if limits["high"] is not None and value > limits["high"]:
+                problems.append(f"{item.name} is {value!r}; expected at most {limits['high']}")
+        if problems:
+            raise RecipeError("\n".join(problems))
+
+
+@dataclass
+class RunSection(Section):
+    """Where a run writes and what its randomness starts from."""
+
+    dir: str | None = None
+    """Run folder; null makes a fresh one under `logs/`, named after the recipe and the time."""
+    seed: int = setting(0, low=0)
+    """Seed of hold-out, sampling order, augmentation and initial weights."""
+    on_existing: str = setting("error", choices=("error", "resume", "overwrite"))
+    """What to do when the run folder already holds a run."""
+
+
+@dataclass
+class ModelSection(Section):
+    """The encoder."""
+
+    name: str = "EVA01-CLIP-g-14"
+    """Official name or alias of a model (`eva_clip.list_models()`)."""
+    weights: str = "pretrained"
+    """"pretrained", "random", or a checkpoint file."""
+    image_size: int | None = setting(None, low=1)
+    """Input side in pixels; null takes the model's own. Position embeddings are resized to it once."""
+    pos_embed: str = setting("eva", choices=("eva", "timm"))
+    """How position embeddings are resized: bicubic without ("eva", published) or with ("timm") antialias."""
+    config: str | None = None
+    """JSON file of a further model, registered before `name` is looked up."""
+
+
+@dataclass
+class FeaturesSection(Section):
+    """What the head sees."""
+
+    pool: str = setting("cls", choices=("cls", "gap", "cls+gap"))
+    """Class token, mean of the patch tokens, or both; all after the final norm."""
+    projected: bool = False
+    """Apply the projection into the image-text space (pool "cls" only)."""
+    l2norm: bool = False
+    """Scale features to unit length."""
+    mode: str = setting("online", choices=("online", "cached"))
+    """"online" runs the encoder on a fresh augmented view at every step; "cached" once on the evaluation view."""
+    cache: str = "logs/features"
+    """Folder of cached features, shared by all runs; entries are named by a hash of all that determines them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.projected and self.pool != "cls":
+            raise RecipeError(f"projected is true with pool {self.pool!r}; only pool 'cls' has a projection")
+
+
+@dataclass
+class DataSection(Section):
+    """The images. Relative paths are read from the current folder."""
+
+    format: str = setting("folder", choices=("folder", "csv", "tar"))
+    """"folder": one sub-folder per class; "csv": columns path,label[,split]; "tar": WebDataset shards."""
+    train: str | None = None
+    """Training images; a comma-separated list of paths is read as one."""
+    val: str | None = None
+    """Images that selection may look at; without them a hold-out from train takes their place."""
+    test: str | None = None
+    """Images of the reported score; never used for selection."""
+    holdout: float = setting(0.0, low=0.0, high=0.9)
+    """Share of train held out for selection, stratified by class and seeded; unused when `val` is given."""
+    workers: int = setting(4, low=0)
+    """Processes that decode images (0: in the main process)."""
+    on_corrupt: str = setting("fail", choices=("fail", "skip"))
+    """An unreadable image stops the run, or is left out, counted and listed."""
+    train_size: int | None = setting(None, low=1)
+    """Expected number of training images. `--plan` uses it where the data are absent; a run that finds another
+    number says so and follows what it found."""
+    num_classes: int | None = setting(None, low=1)
+    """Expected number of classes, used like `train_size`."""
+
+
+@dataclass
+class HeadSection(Section):
+    """The classifier on the features."""
+
+    kind: str = setting("bn_linear", choices=("bn_linear", "linear"))
+    """"bn_linear": BatchNorm1d without affine, then Linear (published); "linear": Linear alone."""
+
+
+@dataclass
+class OptimizerSection(Section):
+    """The optimizer of the head."""
+
+    name: str = setting("lars", choices=("lars", "sgd", "adamw"))
+    """LARS (published), SGD or AdamW."""
+    lr: float = setting(1.0, low=0.0)
+    """Peak learning rate, absolute: never rescaled by the batch."""
+    weight_decay: float = setting(0.0, low=0.0)
+    """Weight decay of matrices; biases have none."""
+    momentum: float = setting(0.9, low=0.0, high=1.0)
+    """Momentum of LARS and SGD; beta1 of AdamW."""
+
+
+@dataclass
+class ScheduleSection(Section):
+    """Linear warm-up, then a half cosine, stepped per iteration."""
+
+    epochs: int = setting(90, low=1)
+    """Passes over the training images."""
+    warmup_epochs: float = setting(10, low=0)
+    """Epochs of linear warm-up from 0 to the peak."""
+    final_lr: float = setting(0.0, low=0.0)
+    """Learning rate that the cosine ends at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_epochs > self.epochs:
+            raise RecipeError(f"warmup_epochs is {self.warmup_epochs}; expected at most epochs ({self.epochs})")
+
+
+@dataclass
+class TrainerSection(Section):
+    """How the work is laid out on devices."""
+
+    global_batch: int = setting(16000, low=1)
+    """Images of one optimizer step over all devices; accumulation is derived from it."""
+    micro_batch: int = setting(400, low=1)
+    """Images of one forward pass on one device, and of one group of BatchNorm statistics (published: 400)."""
+    devices: int = setting(1, low=1)
+    """Number of devices (processes)."""
+    precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
+    """Precision of the encoder; loss, BatchNorm statistics and the head's weights are fp32."""
+    strategy: str = "auto"
+    """Lightning strategy ("auto", "ddp", ...)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.global_batch % (self.micro_batch * self.devices):
+            raise RecipeError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x devices "
+                f"{self.devices}; change one of the three"
+            )
+
+    @property
+    def accumulate(self) -> int:
+        """Forward passes of one device per optimizer step."""
+        return self.global_batch // (self.micro_batch * self.devices)
+
+
+@dataclass
+class BaselinesSection(Section):
+    """What the result is reported beside."""
+
+    random_encoder: bool = False
+    """The same probe on a randomly initialised copy of the encoder."""
+    raw_pixels: bool = False
+    """Logistic regression on raw pixels (32 x 32 RGB)."""
+    zero_shot: bool = False
+    """Class names through the model's text tower, without training."""
+    prompt: str = "{}"
+    """Text of a class for `zero_shot`; `{}` is its name, with `-` and `_` read as spaces."""
+
+
+@dataclass
+class ExpectedSection(Section):
+    """Scores in percent that the recipe should reach; a run ends with measured beside expected."""
+
+    last_top1: float | None = setting(None, low=0.0, high=100.0)
+    """Top-1 on test after the last epoch."""
+    best_top1: float | None = setting(None, low=0.0, high=100.0)
+    """Highest top-1 on test over all epochs (an oracle: test chose it)."""
+    selected_top1: float | None = setting(None, low=0.0, high=100.0)
+    """Top-1 on test of the epoch that the hold-out or `val` chose."""
+    tolerance: float = setting(0.2, low=0.0)
+    """Points below which a difference counts as reached."""
+    source: str | None = None
+    """Where the figures come from."""
+
+
+@dataclass
+class Recipe:
+    """All of a run. Section by section in the order of the file."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    features: FeaturesSection = field(default_factory=FeaturesSection)
+    data: DataSection = field(default_factory=DataSection)
+    head: HeadSection = field(default_factory=HeadSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+    baselines: BaselinesSection = field(default_factory=BaselinesSection)
+    expected: ExpectedSection = field(default_factory=ExpectedSection)

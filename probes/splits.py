@@ -1,0 +1,216 @@
+"""Named splits: classes frozen from train and aligned by name, and a seeded stratified hold-out. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probes.csv_source import csv_splits
+from probes.sections import DataSection, RecipeError
+from probes.source_contract import ImageSource, some
+from probes.sources import open_source, split_paths
+
+HOLDOUT_STREAM = 0x401D
+"""Second word of the hold-out's seed, so that it shares no draws with anything else that the seed starts."""
+
+
+@dataclass
+class Split:
+    """Some samples of a source, in the order of `indices`."""
+
+    name: str
+    """"train", "holdout", "val" or "test"."""
+    source: ImageSource
+    indices: NDArray[np.int64]
+    """[N] positions in the source, ascending."""
+    targets: NDArray[np.int64]
+    """[N] class index of each sample."""
+    _fingerprint: str | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def keys(self) -> list[str]:
+        """Name of each sample, N of them."""
+        return [self.source.keys[index] for index in self.indices]
+
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 over exactly these samples: names, labels, sizes and times of their files."""
+        if self._fingerprint is None:
+            self._fingerprint = self.source.fingerprint(self.indices)
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data of one run."""
+
+    classes: list[str]
+    """Class names; target i is classes[i] in every split."""
+    train: Split
+    selection: Split | None
+    """"val", or "holdout" from train; what a run may choose by."""
+    test: Split | None
+    notes: list[str]
+    """Sentences that a reader of the result must know."""
+
+    @property
+    def named(self) -> dict[str, Split]:
+        """The splits there are by name, in the order train, holdout or val, test."""
+        return {split.name: split for split in (self.train, self.selection, self.test) if split is not None}
+
+
+def prepare_splits(data: DataSection, seed: int) -> Splits:
+    """Open the sources of a recipe, align their classes and carve the hold-out. Reads no image.
+
+    A CSV with a `split` column given as `train` also fills `val` and `test` where the recipe names none.
+
+    Args:
+        data: the recipe's section.
+        seed: chooses the hold-out; nothing else does.
+
+    Raises:
+        RecipeError: nothing to train on, a path is missing or wrong, fewer than two classes, or a class of
+            val or test that train does not have.
+    """
+    notes: list[str] = []
+    if data.train is None:
+        raise RecipeError("data.train is null; name the training images, such as data.train=path/to/train")
+    sources = {"train": open_source(data.format, data.train, "train")}
+    paths = _paths_by_split(data, data.train, notes)
+    sources |= {name: open_source(data.format, path, name) for name, path in paths.items() if name != "train"}
+    classes = sort_classes(set(sources["train"].labels))
+    if len(classes) < 2:
+        raise RecipeError(f"data.train: {paths['train']} has one class ({classes[0]}); a classifier needs two")
+    _check_unknown_classes(sources, classes)
+    _note_differences(data, sources, classes, paths, notes)
+    whole = {name: _whole_split(name, source, classes) for name, source in sources.items()}
+    train, selection = whole["train"], whole.get("val")
+    if selection is None and data.holdout > 0:
+        train, selection = _carve_holdout(train, data.holdout, seed, notes)
+    return Splits(classes, train, selection, whole.get("test"), notes)
+
+
+def describe(splits: Splits) -> dict[str, Any]:
+    """What `data.json` of a run folder holds: classes, notes, and paths, counts, fingerprint per split."""
+    described = {}
+    for name, split in splits.named.items():
+        counts = np.bincount(split.targets, minlength=len(splits.classes))
+        described[name] = {
+            "paths": split.source.paths,
+            "count": len(split),
+            "per_class": {label: int(count) for label, count in zip(splits.classes, counts, strict=True)},
+            "fingerprint": split.fingerprint(),
+        }
+    return {"classes": splits.classes, "splits": described, "notes": splits.notes}
+
+
+def sort_classes(labels: set[str]) -> list[str]:
+    """Class names in their frozen order: as numbers when all are integers, else as text."""
+    if all(label.removeprefix("-").isdecimal() for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
+
+
+def choose_holdout(targets: NDArray[np.int64], keys: list[str], share: float, seed: int) -> NDArray[np.bool_]:
+    """Which samples a stratified hold-out takes: of each class `round(share * n)`, never all of it.
+
+    Args:
+        targets: [N] class index of each sample.
+        keys: N names; the choice depends on them and not on the samples' order.
+        share: between 0 and 1.
+        seed: of a generator of its own, one stream per class.
+
+    Returns:
+        bool [N], true for held-out samples.
+    """
+    held = np.zeros(len(targets), dtype=np.bool_)
+    names = np.array(keys, dtype=object)
+    for target in np.unique(targets):
+        members = np.flatnonzero(targets == target)
+        members = members[np.argsort(names[members])]
+        count = min(round(share * len(members)), len(members) - 1)
+        generator = np.random.default_rng([seed, HOLDOUT_STREAM, int(target)])
+        held[generator.permutation(members)[:count]] = True
+    return held
+
+
+def _paths_by_split(data: DataSection, train: str, notes: list[str]) -> dict[str, str]:
+    """Path of each split that there is, in the order train, val, test."""
+    named = {"train": train, "val": data.val, "test": data.test}
+    if data.format == "csv":
+        _fill_from_column(named, train, notes)
+    return {name: path for name, path in named.items() if path is not None}
+
+
+def _fill_from_column(named: dict[str, str | None], train: str, notes: list[str]) -> None:
+    """Let the `split` column of the training CSVs stand for the splits that have no path."""
+    splits = {path: csv_splits(path) for path in split_paths(train, "csv")}
+    for name, given in named.items():
+        holding = [path for path, found in splits.items() if name in found]
+        if given is None and holding:
+            named[name] = ",".join(holding)
+            notes.append(f"{name} is the rows of split {name!r} in {named[name]}")
+
+
+def _check_unknown_classes(sources: dict[str, ImageSource], classes: list[str]) -> None:
+    problems = []
+    for name, source in sources.items():
+        unknown = sort_classes(set(source.labels) - set(classes))
+        if not unknown:
+            continue
+        hints = []
+        for label in unknown:
+            near = difflib.get_close_matches(label, classes, n=1)
+            hints.append(repr(label) + (f" (did you mean {near[0]!r}?)" if near else ""))
+        problems.append(f"data.{name} has {len(unknown)} class(es) unknown to train: {some(hints)}")
+    if problems:
+        known = some([repr(label) for label in classes])
+        raise RecipeError("\n".join([*problems, f"classes are matched by name; train has {known}; rename or remove"]))
+
+
+def _note_differences(
+    data: DataSection,
+    sources: dict[str, ImageSource],
+    classes: list[str],
+    paths: dict[str, str],
+    notes: list[str],
+) -> None:
+    found = {"train_size": len(sources["train"]), "num_classes": len(classes)}
+    for key, value in found.items():
+        expected = dataclasses.asdict(data)[key]
+        if expected is not None and expected != value:
+            notes.append(f"data.{key} is {expected:,} but {value:,} were found; the run follows what was found")
+    for name, source in sources.items():
+        absent = sort_classes(set(classes) - set(source.labels))
+        if absent:
+            notes.append(f"{name} has no sample of {len(absent)} class(es) of train: {some(absent)}")
+    if data.format != "csv":  # a CSV's splits are told apart by rows
+        for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+            if first in paths and paths[first] == paths.get(second):
+                notes.append(f"{first} and {second} are the same images; the score on {second} is not independent")
+
+
+def _whole_split(name: str, source: ImageSource, classes: list[str]) -> Split:
+    position = {label: index for index, label in enumerate(classes)}
+    targets = np.array([position[label] for label in source.labels], dtype=np.int64)
+    return Split(name, source, np.arange(len(source), dtype=np.int64), targets)
+
+
+def _carve_holdout(train: Split, share: float, seed: int, notes: list[str]) -> tuple[Split, Split | None]:
+    held = choose_holdout(train.targets, train.keys, share, seed)
+    if not held.any():
+        notes.append(f"data.holdout {share} of train leaves no image out of any class; there is no selection split")
+        return train, None
+    rest = Split("train", train.source, train.indices[~held], train.targets[~held])
+    holdout = Split("holdout", train.source, train.indices[held], train.targets[held])
+    missing = len(set(train.targets.tolist()) - set(holdout.targets.tolist()))
+    if missing:
+        notes.append(f"{missing} class(es) are too small to give an image to the hold-out")
+    return rest, holdout
