@@ -79,7 +79,7 @@ def _build_clip_tower(spec: ModelSpec, shape: dict[str, Any], projects: bool) ->
         **shape,
         pre_norm=True,
         norm_layer=partial(LayerNorm, eps=1e-5),
-        act_layer="quick_gelu" if spec.quick_gelu else "gelu",
+        act_layer="quick_gelu" if spec.quick_gelu else None,
     )
     if projects:  # CLIP's projection is a matrix without bias; timm's head has one
         tower.head = nn.Linear(spec.vision.width, spec.embed_dim, bias=False)

@@ -56,7 +56,7 @@ def read_weight_file(path: str | Path, *, ema: bool = False) -> WeightFile:
     """Open a file and unwrap its tensors; they stay memory-mapped where the format allows.
 
     Args:
-        path: the file; its content, not its suffix, decides how it is read.
+        path: the file; safetensors are known by their content.
         ema: take the averaged weights under "model_ema" instead of the live ones.
 
     Raises:
@@ -71,6 +71,10 @@ def read_weight_file(path: str | Path, *, ema: bool = False) -> WeightFile:
         if ema:
             raise ValueError(f"{path} is safetensors and has no {EMA_KEY!r} section; leave ema out")
         return _read_safetensors(path)
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} is named .safetensors but does not begin like one; {_AGAIN}, or rename it if it is a .pt file"
+        )
     content = _read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; {_EXPECTED}")
@@ -141,7 +145,7 @@ def _read_pickle(path: Path) -> Any:
             raise ValueError(f"{path} is damaged or no weights file ({_line(error)}); {_EXPECTED}; {_AGAIN}") from error
         raise ValueError(
             f"{path} was refused and nothing in it was executed: its pickle asks for "
-            f"{named.group(1) if named else _line(error)}, and loading that may run code. Expected tensors, plain "
+            f"{named.group(1) if named else 'more than tensors'}, and loading that may run code. Expected tensors, plain "
             "containers, argparse.Namespace and numpy float64 only. The safe way: ask its publisher for .safetensors; "
             "or, for a file of your own making, save its tensors alone with safetensors.torch.save_file"
         ) from None

@@ -108,7 +108,7 @@ def fit_probe(
     Raises:
         RecipeError: the recipe does not fit the data or the machine.
     """
-    _check_machine(recipe)
+    check_machine(recipe)
     pl.seed_everything(recipe.run.seed, verbose=False)
     encoder, report = build_recipe_encoder(recipe, weights)
     digest = encoder.weights_sha256()
@@ -225,6 +225,11 @@ def _build_trainer(recipe: Recipe, run: RunFolder | None) -> pl.Trainer:
     )
 
 
-def _check_machine(recipe: Recipe) -> None:
+def check_machine(recipe: Recipe) -> None:
+    """Find what a recipe asks of the machine in vain.
+
+    Raises:
+        RecipeError: fp16 without a GPU.
+    """
     if recipe.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("trainer.precision is fp16 and there is no GPU; use trainer.precision=bf16 (or fp32)")

@@ -37,12 +37,14 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     splits = prepare_splits(recipe.data, recipe.run.seed)
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
+    from probes.fit import check_machine, fit_probe
+
+    check_machine(recipe)
     run = RunFolder.create(recipe, recipe_path)
     run.write_json("data.json", describe(splits))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     from probes.baselines import compute_baselines
-    from probes.fit import fit_probe
     from probes.scoring import predict
 
     fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs))

@@ -58,7 +58,7 @@ def test_recipe_loads_and_dumps(path, tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_opens_with_its_command_and_its_cost(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    header = [line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     assert len(header) >= 3
     assert any(line.startswith("#   python -m ") and name_of(path) in line for line in header)
     assert any("Cost:" in line for line in header)

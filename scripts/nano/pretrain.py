@@ -29,11 +29,11 @@ def export(trainer: Trainer, path: Path) -> None:
     """The averaged weights as fp16 safetensors, with what a reader of the file alone should know."""
     settings = trainer.settings
     summary = {
-        "steps": trainer.step,
+        "steps_done": trainer.step,
         "images_seen": trainer.step * settings.emojis * settings.views,
         "training_hours": round(trainer.seconds / 3600, 3),
         "pictures": trainer.corpus.vendor_counts,
-        **asdict(settings),
+        "settings": asdict(settings),
     }
     metadata = {
         "format": "pt",

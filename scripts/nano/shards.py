@@ -2,7 +2,7 @@
 
     python -m scripts.nano.shards WORK recipes/quickstart/pictures
 
-A sample is `<key>.webp` (64 x 64 RGB on white, at most 192 colours) and `<key>.json` with `label`, `caption`
+A sample is `<key>.webp` (64 x 64 RGB on white, at most 96 colours) and `<key>.json` with `label`, `caption`
 and `emoji`. The archives are gzip-compressed (tar headers would triple them otherwise) and bit-for-bit
 reproducible: sorted members, no times, no owners. Classes are the Unicode subcategories with at least 20
 pictures, without the catch-all `other-symbol`; each class of Twemoji is split 70/30 by a seeded shuffle.
@@ -25,8 +25,8 @@ from scripts.nano.captions import Emoji, load_emojis
 from scripts.nano.fetch import PACKAGES
 
 IMAGE_SIZE = 64
-COLOURS = 192
-"""Colours of one picture; keeps the shards below 4 MB, and moves a channel by less than one level of 255."""
+COLOURS = 96
+"""Colours of one picture; keeps all shards together below 4 MB, and moves a channel by 0.7 of 255 levels on average."""
 MINIMUM_PER_CLASS = 20
 CATCH_ALL = "other-symbol"
 TEST_SHARE = 0.3

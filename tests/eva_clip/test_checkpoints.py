@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-import pytest
 import published_layouts as published
+import pytest
 import torch
 from published_layouts import Sizes
 

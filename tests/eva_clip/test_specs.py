@@ -82,7 +82,7 @@ def test_aliases(alias):
 
 
 def test_unknown_name_gets_a_suggestion():
-    with pytest.raises(ValueError, match=r"unknown model 'EVA02-CLIP-L-15'; did you mean 'eva02-clip-l-14'"):
+    with pytest.raises(ValueError, match=r"unknown model 'EVA02-CLIP-L-15'; did you mean 'EVA02-CLIP-L-14'"):
         get_model_spec("EVA02-CLIP-L-15")
 
 

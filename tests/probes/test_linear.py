@@ -116,7 +116,7 @@ class TestFolderRun:
     def test_the_probe_learns(self, finished):
         rows = read_log(finished[0] / "run")
         assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.2
-        assert max(row["test_acc1"] for row in rows) > 45  # chance is 25
+        assert rows[-1]["train_class_acc"] > 0.6  # chance is 0.25; the encoder is a random one
 
     def test_result_and_predictions_tell_one_story(self, finished, png_digits):
         run = finished[0] / "run"
@@ -155,9 +155,7 @@ class TestFolderRun:
             metadata = stored.metadata()
         tensors, classes = load_file(run / "head.safetensors"), json.loads(metadata["classes"])
         definition = FeatureDefinition(**json.loads(metadata["features"]))
-        encoder, _ = build_encoder(
-            metadata["model"], str(tiny_model.weights), definition=definition, precision="bf16"
-        )
+        encoder, _ = build_encoder(metadata["model"], str(tiny_model.weights), definition=definition, precision="bf16")
         assert metadata["encoder_sha256"] == encoder.weights_sha256()
         view = build_eval_transform(int(metadata["image_size"]))
         with (run / "predictions.csv").open(encoding="utf-8") as stream:
@@ -191,7 +189,7 @@ class TestFolderRun:
         page = (finished[0] / "run" / "report.html").read_text(encoding="utf-8")
         top1 = read_json(finished[0] / "run" / "result.json")["scores"][0]["top1"]
         assert f"{top1:.1f}" in page
-        assert "src=\"http" not in page
+        assert 'src="http' not in page
         assert "data:image/png;base64," in page
 
     def test_a_second_run_is_refused_and_changes_nothing(self, finished, png_digits, tiny_model, run_cli):
