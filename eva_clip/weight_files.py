@@ -145,9 +145,9 @@ def _read_pickle(path: Path) -> Any:
             raise ValueError(f"{path} is damaged or no weights file ({_line(error)}); {_EXPECTED}; {_AGAIN}") from error
         raise ValueError(
             f"{path} was refused and nothing in it was executed: its pickle asks for "
-            f"{named.group(1) if named else 'more than tensors'}, and loading that may run code. Expected tensors, plain "
-            "containers, argparse.Namespace and numpy float64 only. The safe way: ask its publisher for .safetensors; "
-            "or, for a file of your own making, save its tensors alone with safetensors.torch.save_file"
+            f"{named.group(1) if named else 'more than tensors'}, and loading that may run code. Expected tensors, "
+            "plain containers, argparse.Namespace and numpy float64 only. The safe way: ask its publisher for "
+            ".safetensors; or, for a file of your own making, save its tensors alone with safetensors.torch.save_file"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or no weights file ({_line(error)}); {_EXPECTED}; {_AGAIN}") from error

@@ -195,8 +195,8 @@ def test_wrong_name_is_answered_with_the_right_one(tiny, fabricate):
 def test_encoder_alone_is_no_whole_model(tiny, fabricate):
     with pytest.raises(ValueError, match=r"vision encoder alone.*build_encoder"):
         build_model("tiny-eva01", str(fabricate(published.encoder(tiny))))
+    path = str(fabricate(published.encoder(tiny)))
     with pytest.raises(ValueError, match="no projection"):
-        path = str(fabricate(published.encoder(tiny)))
         build_encoder("tiny-eva01", path, definition=FeatureDefinition(projected=True))
 
 
