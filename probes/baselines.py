@@ -12,6 +12,7 @@ from PIL import Image
 from eva_clip.models import build_model
 from eva_clip.transforms import to_rgb
 from probes.data import decode
+from probes.embedding import embed_images
 from probes.fit import Fitted, fit_probe
 from probes.heads import build_zero_shot_weights
 from probes.results import Baseline
@@ -118,14 +119,10 @@ def _zero_shot(recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) 
     model, _ = build_model(recipe.model.name, recipe.model.weights, image_size=size, pos_embed=recipe.model.pos_embed)
     names = [name.replace("-", " ").replace("_", " ") for name in splits.classes]
     weights = build_zero_shot_weights(model, names, [recipe.baselines.prompt])
-    correct = total = 0
-    for batch in fitted.data.loader(reported.name, 64):
-        if len(batch["target"]):
-            logits = model.encode_image(batch["image"], normalize=True).float() @ weights.T
-            correct += int((logits.argmax(dim=1) == batch["target"]).sum())
-            total += len(batch["target"])
+    images, index = embed_images(model, fitted.data.loader(reported.name, 64), reported.name)
+    right = (images @ weights.T).argmax(dim=1) == torch.from_numpy(reported.targets)[index]
     return Baseline(
         "zero-shot",
-        100 * correct / total,
+        100 * float(right.float().mean()),
         f"Class names through the model's own text tower, prompt {recipe.baselines.prompt!r}; nothing is trained.",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probes.recipe import dump_recipe
 from probes.results import Predictions, RunResult
@@ -54,7 +54,7 @@ def save_head(run: RunFolder, recipe: Recipe, fitted: Fitted, classes: list[str]
     save_file(tensors, run.path / "head.safetensors", metadata=metadata)
 
 
-def finish_run(run: RunFolder, recipe: Recipe, result: RunResult, predictions: Predictions, split: Split) -> None:
+def finish_run(run: RunFolder, recipe: Any, result: RunResult, predictions: Predictions, split: Split) -> None:
     """Write `predictions.csv`, `report.html` and, last, `result.json`; print the outcome."""
     from probes.report import write_report
 

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from probes.recipe import dump_recipe, load_recipe
-from probes.sections import Recipe, RecipeError
+from probes.sections import RecipeError, RunSection
 
 PACKAGES = (
     "torch",
@@ -31,6 +31,12 @@ PACKAGES = (
 )
 
 
+class HasRun(Protocol):
+    """A recipe of any method."""
+
+    run: RunSection
+
+
 class RunFolder:
     """One run's folder: `recipe.yaml`, `environment.json`, `data.json`, `log.txt`, `checkpoints/`, `result.json`, …"""
 
@@ -39,7 +45,7 @@ class RunFolder:
         self.resumed = resumed
 
     @classmethod
-    def create(cls, recipe: Recipe, recipe_path: str) -> RunFolder:
+    def create(cls, recipe: HasRun, recipe_path: str) -> RunFolder:
         """Make or reopen the run folder that a recipe asks for, and write recipe and environment into it.
 
         Raises:
@@ -144,7 +150,7 @@ def _fresh_path(recipe_path: str) -> Path:
     return path
 
 
-def _check_resumable(path: Path, recipe: Recipe) -> None:
+def _check_resumable(path: Path, recipe: Any) -> None:
     if (path / "result.json").is_file():
         raise RecipeError(f"the run in {path} is finished; there is nothing to resume")
     stored = dataclasses.asdict(load_recipe(path / "recipe.yaml", schema=type(recipe)))

@@ -28,10 +28,17 @@ def predict(module: LinearProbe, batches: Iterable[dict[str, Any]], split: Split
             targets.append(batch["target"])
             indices.append(batch["index"])
     probability = torch.cat(outputs)  # [N, C]
-    target = torch.cat(targets)
+    return collect_predictions(probability, torch.cat(targets), torch.cat(indices), split)
+
+
+def collect_predictions(
+    probability: torch.Tensor, target: torch.Tensor, index: torch.Tensor, split: Split
+) -> Predictions:
+    """Predictions from class probabilities [N, C], class indices [N] and positions in the split [N]."""
     confidence, predicted = probability.max(dim=1)
+    keys = split.keys
     return Predictions(
-        keys=[split.keys[int(index)] for index in torch.cat(indices)],
+        keys=[keys[position] for position in index.tolist()],
         targets=target.numpy(),
         predicted=predicted.numpy(),
         confidence=confidence.numpy(),

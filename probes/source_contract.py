@@ -37,6 +37,10 @@ class ImageSource(Protocol):
         """Where a person finds the image."""
         ...
 
+    def caption(self, index: int) -> str | None:
+        """A text that describes the image, where the source has one."""
+        ...
+
     def stamp(self, index: int) -> tuple[int, int]:
         """Size in bytes and modification time in nanoseconds."""
         ...
@@ -58,6 +62,10 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def caption(self, index: int) -> str | None:
+        """None: only some kinds of source have captions."""
+        return None
 
     def stamp(self, index: int) -> tuple[int, int]:
         """Size in bytes and modification time in nanoseconds."""

@@ -35,6 +35,11 @@ class ConcatSource(Samples):
         part, inner = self._place[index]
         return self.parts[part].read(inner)
 
+    def caption(self, index: int) -> str | None:
+        """A text that describes the image, where its part has one."""
+        part, inner = self._place[index]
+        return self.parts[part].caption(inner)
+
     def location(self, index: int) -> str:
         """Where a person finds the image."""
         part, inner = self._place[index]

@@ -66,6 +66,22 @@ class Splits:
         return {split.name: split for split in (self.train, self.selection, self.test) if split is not None}
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A test split with classes of its own."""
+
+    classes: list[str]
+    """Class names; target i is classes[i]."""
+    test: Split
+    notes: list[str]
+    """Sentences that a reader of the result must know."""
+
+    @property
+    def named(self) -> dict[str, Split]:
+        """The one split by its name."""
+        return {"test": self.test}
+
+
 def prepare_splits(data: DataSection, seed: int) -> Splits:
     """Open the sources of a recipe, align their classes and carve the hold-out. Reads no image.
 
@@ -97,7 +113,20 @@ def prepare_splits(data: DataSection, seed: int) -> Splits:
     return Splits(classes, train, selection, whole.get("test"), notes)
 
 
-def describe(splits: Splits) -> dict[str, Any]:
+def open_evaluation_split(data: DataSection) -> Evaluation:
+    """`data.test` alone, for evaluations without training; its own labels are the classes. Reads no image.
+
+    Raises:
+        RecipeError: `data.test` is null, missing or wrong.
+    """
+    if data.test is None:
+        raise RecipeError("data.test is null; name the images to score, such as data.test=path/to/test")
+    source = open_source(data.format, data.test, "test")
+    classes = sort_classes(set(source.labels))
+    return Evaluation(classes, _whole_split("test", source, classes), [])
+
+
+def describe(splits: Splits | Evaluation) -> dict[str, Any]:
     """What `data.json` of a run folder holds: classes, notes, and paths, counts, fingerprint per split."""
     described = {}
     for name, split in splits.named.items():

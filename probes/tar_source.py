@@ -119,6 +119,10 @@ class TarSource(Samples):
             raise RecipeError(f"{self.paths[shard]} became shorter while in use; start again")
         return data
 
+    def caption(self, index: int) -> str | None:
+        """Content of the sample's `.txt`, or `caption` of its `.json`."""
+        return self.captions[index]
+
     def location(self, index: int) -> str:
         """Path of the shard, and the member."""
         shard = self._places[index][0]
