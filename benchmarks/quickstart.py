@@ -1,6 +1,6 @@
 """How long the quickstart recipes take, from typed command to report, beside `import torch` in the same run.
 
-    python benchmarks/quickstart.py [--repeats 3]
+    python -m benchmarks.quickstart [--repeats 3]
 
 Features are extracted anew in every round: each run has its own cache.
 """

@@ -1,6 +1,6 @@
 """How long the command line takes to answer, beside `python -c "import torch"` in the same run.
 
-    python benchmarks/startup.py [--repeats 5]
+    python -m benchmarks.startup [--repeats 5]
 
 Each round times every command once, in turn, so that whatever else the machine does falls on all of them.
 """

@@ -84,9 +84,10 @@ def print_result(result: RunResult) -> None:
     for score in result.scores:
         chosen = {"schedule": "the schedule's end", score.split: f"{score.split} itself: an oracle"}
         by = chosen.get(score.chosen_by, score.chosen_by)
+        how = "nothing trained" if score.chosen_by == "nothing" else f"epoch {score.epoch} (chosen by {by})"
         print(
             f"{score.name:>9}  top-1 {score.top1:6.2f}  top-5 {score.top5:6.2f}  on {score.samples} {score.split} "
-            f"images, epoch {score.epoch} (chosen by {by})"
+            f"images, {how}"
         )
     for baseline in result.baselines:
         difference = result.reported.top1 - baseline.top1

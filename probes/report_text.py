@@ -90,6 +90,8 @@ def describe_selection(result: RunResult, *, has_epochs: bool) -> str:
     reported = f"reported on the {split_name(score.split)} split"
     if is_oracle(score):
         return f"Chosen and {reported}: too favourable, because the same images did both."
+    if score.chosen_by == "nothing":
+        return f"Nothing was trained and nothing was chosen; {reported}."
     if score.chosen_by == "schedule":
         what = "Weights of the last epoch, as fixed" if has_epochs else "Everything was fixed"
         return f"{what} beforehand (nothing was chosen); {reported}."
@@ -105,6 +107,8 @@ def describe_score(score: Score) -> str:
             "The highest over all epochs on the very images it is scored on. It flatters, so it is no "
             "result; it is here because published runs often quote it."
         )
+    if score.chosen_by == "nothing":
+        return "The model as it is: nothing was trained."
     if score.chosen_by == "schedule":
         return "The end of training, without choosing anything."
     return f"Chosen {describe_chooser(score)}, then scored on images that had no part in the choice."

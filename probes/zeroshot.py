@@ -111,7 +111,7 @@ def score_logits(logits: torch.Tensor, index: torch.Tensor, split: Split) -> tup
     meter = SplitMeter(logits.shape[1])
     meter.update(logits, targets)
     values = meter.compute_and_reset()
-    score = Score("zero-shot", split.name, "recipe", 0, values["acc1"], values["acc5"], values["loss"], len(targets))
+    score = Score("zero-shot", split.name, "nothing", 0, values["acc1"], values["acc5"], values["loss"], len(targets))
     return collect_predictions(logits.softmax(dim=1), targets, index, split), score
 
 

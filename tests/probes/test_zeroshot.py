@@ -55,7 +55,7 @@ def test_zero_shot_equals_a_few_lines_of_the_published_api(tmp_path, by_hand):
     predicted = (images @ names.T).argmax(dim=1).tolist()
     right = [classes[index] == text["label"] for index, text in zip(predicted, texts, strict=True)]
     assert result["scores"][0]["top1"] == pytest.approx(100 * sum(right) / len(right))
-    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+    assert "Nothing was trained and nothing was chosen" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
 
 
 def test_retrieval_equals_a_plain_sort(tmp_path, by_hand):
