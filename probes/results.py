@@ -23,7 +23,7 @@ class Score:
     split: str
     """The split that was scored."""
     chosen_by: str
-    """What chose these weights: "holdout", "val", "schedule" (last epoch), "nothing" (no training) or the scored split."""
+    """What chose the weights: "holdout", "val", "schedule" (last epoch), "nothing" (untrained) or the scored split."""
     epoch: int
     """0-based epoch of the weights."""
     top1: float
