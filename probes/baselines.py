@@ -82,10 +82,15 @@ def _raw_pixels(recipe: Recipe, splits: Splits, reported: Split) -> Baseline:
     # These products are small: threads would wait for each other longer than they compute.
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping is one more regulariser here
-        scores = [
-            fit(c, train[~chooses], targets[~chooses]).score(train[chooses], targets[chooses])  # type: ignore[attr-defined]
-            for c in REGULARISATION_PATH
-        ]
+        # One image a class leaves nothing to choose on: all strengths tie, and the strongest regularisation is taken.
+        scores = (
+            [0.0]
+            if not chooses.any()
+            else [
+                fit(c, train[~chooses], targets[~chooses]).score(train[chooses], targets[chooses])  # type: ignore[attr-defined]
+                for c in REGULARISATION_PATH
+            ]
+        )
         strength = REGULARISATION_PATH[int(np.argmax(scores))]
         model = fit(strength, train, targets)
     score = 100 * float(model.score(test, test_targets))  # type: ignore[attr-defined]

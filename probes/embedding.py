@@ -11,7 +11,7 @@ from eva_clip.models import DTYPES, build_model
 from eva_clip.specs import add_model_config
 from eva_clip.tokenizer import tokenize
 from eva_clip.transforms import build_eval_transform
-from probes.data import SplitDataset, available_cores, collate
+from probes.data import SplitDataset, SplitLoader, available_cores, collate
 from probes.progress import track
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def evaluation_loader(model: EvaCLIP, split: Split, data: DataSection, batch: in
     """A split under the model's evaluation view, in order."""
     spec = model.spec
     transform = build_eval_transform(spec.vision.image_size, spec.image_mean, spec.image_std)
-    return torch.utils.data.DataLoader(
+    return SplitLoader(
         SplitDataset(split, transform, 0, data.on_corrupt),
         batch_size=batch,
         num_workers=min(data.workers, available_cores()),

@@ -46,11 +46,14 @@ def execute(recipe: RetrievalRecipe, recipe_path: str) -> None:
         {
             "images": len(images),
             "texts": len(texts),
+            "skipped": len(split) - len(images),
             "recall": {way: {f"R@{k}": value for k, value in recalls.items()} for way, recalls in ways.items()},
             "expectations": [{**vars(item), "verdict": item.verdict} for item in expectations],
         },
     )
     print(f"\n{len(images)} images, {len(texts)} texts" + "".join(f"{f'R@{k}':>9}" for k in ways["text to image"]))
+    if len(images) < len(split):
+        print(f"{len(split) - len(images)} unreadable image(s) were left out")
     for way, recalls in ways.items():
         print(f"{way:<28}" + "".join(f"{value:9.2f}" for value in recalls.values()))
     for item in expectations:

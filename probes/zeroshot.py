@@ -53,6 +53,7 @@ def execute(recipe: ZeroShotRecipe, recipe_path: str) -> None:
     batches = evaluation_loader(model, splits.test, recipe.data, recipe.compute.batch)
     images, index = embed_images(model, batches, "test")
     logits = model.logit_scale.exp().float().cpu() * images @ weights.T  # [N, C]
+    skipped = len(splits.test) - len(index)
     predictions, score = score_logits(logits.detach(), index, splits.test)
     recall = mean_recall(predictions)
     wanted = recipe.expected
@@ -69,7 +70,7 @@ def execute(recipe: ZeroShotRecipe, recipe_path: str) -> None:
             for name, (value, found) in measured.items()
             if value is not None
         ],
-        notes=list(splits.notes),
+        notes=[f"{skipped} unreadable image(s) were left out."] if skipped else [],
         facts={
             "encoder": recipe.model.name,
             "mean per-class recall": f"{recall:.2f} %",

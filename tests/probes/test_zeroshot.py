@@ -97,3 +97,21 @@ def test_plans_read_no_image(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["captions"] == 376
     assert zeroshot.main(arguments(tmp_path, "zeroshot", "--plan")) == 0
     assert len(json.loads(capsys.readouterr().out)["classes"]) == 30
+
+
+def test_an_unreadable_image_is_named_or_counted(tmp_path, capsys):
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / label / f"{number}.png")
+    (tmp_path / "images/cat/0.png").write_bytes(b"no picture")
+    folder = ["data.format=folder", f"data.test={tmp_path / 'images'}", "data.workers=1"]
+    assert zeroshot.main(arguments(tmp_path, "zeroshot", *folder)) == 2
+    message = capsys.readouterr().err
+    assert "cat/0.png" in message
+    assert "Traceback" not in message
+    skipping = [*folder, "data.on_corrupt=skip", "run.on_existing=overwrite"]
+    assert zeroshot.main(arguments(tmp_path, "zeroshot", *skipping)) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
+    assert result["scores"][0]["samples"] == 3
+    assert result["notes"] == ["1 unreadable image(s) were left out."]
