@@ -115,6 +115,10 @@ def _fits(value: Any, hint: Any) -> bool:
             (item,) = typing.get_args(kind)
             if isinstance(value, list) and all(_fits(entry, item) for entry in value):
                 return True
+        elif typing.get_origin(kind) is dict:
+            _, item = typing.get_args(kind)
+            if isinstance(value, dict) and all(isinstance(k, str) and _fits(v, item) for k, v in value.items()):
+                return True
         elif kind is bool or isinstance(value, bool):
             if kind is bool and isinstance(value, bool):
                 return True

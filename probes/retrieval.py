@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from probes.cli import run_command
-from probes.results import Expectation
 from probes.zeroshot_sections import RetrievalRecipe
 
 
@@ -35,12 +34,8 @@ def execute(recipe: RetrievalRecipe, recipe_path: str) -> None:
         "text to image": recall_at_k(texts, index, images, index),
         "image to text": recall_at_k(images, index, texts, index),
     }
-    wanted, tolerance = recipe.expected, recipe.expected.tolerance
-    expectations = [
-        Expectation(f"{way} R@1", value, ways[way][1], tolerance)
-        for way, value in zip(ways, (wanted.text_to_image_r1, wanted.image_to_text_r1), strict=True)
-        if value is not None
-    ]
+    measured = {f"{way.replace(' ', '_')}_r{k}": value for way, recalls in ways.items() for k, value in recalls.items()}
+    expectations = recipe.expected.compare(recipe.model.name, measured)
     run.write_json(
         "result.json",
         {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes.cli import run_command
-from probes.results import Expectation, Predictions, RunResult, Score
+from probes.results import Predictions, RunResult, Score
 from probes.zeroshot_sections import ZeroShotRecipe
 
 if TYPE_CHECKING:
@@ -56,20 +56,14 @@ def execute(recipe: ZeroShotRecipe, recipe_path: str) -> None:
     skipped = len(splits.test) - len(index)
     predictions, score = score_logits(logits.detach(), index, splits.test)
     recall = mean_recall(predictions)
-    wanted = recipe.expected
-    measured = {"top-1": (wanted.top1, score.top1), "top-5": (wanted.top5, score.top5)}
-    measured["mean recall"] = (wanted.mean_recall, recall)
+    measured = {"top1": score.top1, "top5": score.top5, "mean_recall": recall}
     result = RunResult(
         title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
         method="probes.zeroshot",
         classes=splits.classes,
         split_sizes={"test": len(splits.test)},
         scores=[score],
-        expectations=[
-            Expectation(name, value, found, wanted.tolerance)
-            for name, (value, found) in measured.items()
-            if value is not None
-        ],
+        expectations=recipe.expected.compare(recipe.model.name, measured),
         notes=[f"{skipped} unreadable image(s) were left out."] if skipped else [],
         facts={
             "encoder": recipe.model.name,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from eva_clip.specs import get_model_spec
+from probes.results import Expectation
 from probes.sections import DataSection, ModelSection, RecipeError, RunSection, Section, setting
 
 
@@ -35,33 +39,61 @@ class ComputeSection(Section):
 
 
 @dataclass
-class ZeroShotExpected(Section):
-    """Figures in percent that the recipe should reach."""
+class FiguresSection(Section):
+    """Figures in percent that a recipe should reach, by model: one recipe serves every system it was published for."""
 
-    top1: float | None = setting(None, low=0.0, high=100.0)
-    """Top-1 accuracy."""
-    top5: float | None = setting(None, low=0.0, high=100.0)
-    """Top-5 accuracy."""
-    mean_recall: float | None = setting(None, low=0.0, high=100.0)
-    """Mean over classes of the share of their images that were recognised."""
+    figures: dict[str, dict[str, float]] = setting({})
+    """Model name (or alias) to metric to percent, such as `EVA01-CLIP-g-14: {top1: 78.53}`."""
     tolerance: float = setting(0.2, low=0.0)
     """Points below which a difference counts as reached."""
     source: str | None = None
     """Where the figures come from."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ()
+    """Names that figures may have."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        for model, figures in self.figures.items():
+            for name, value in figures.items():
+                if name not in self.METRICS:
+                    problems.append(f"figures.{model}.{name} is unknown; expected one of {', '.join(self.METRICS)}")
+                elif not 0 <= value <= 100:
+                    problems.append(f"figures.{model}.{name} is {value}; expected a percentage from 0 to 100")
+        if problems:
+            raise RecipeError("\n".join(problems))
+
+    def compare(self, model: str, measured: Mapping[str, float]) -> list[Expectation]:
+        """Every figure for a model beside the measured value of that name; nothing for a model without figures.
+
+        Args:
+            model: official name or alias, as is every key of `figures`.
+            measured: metric name to percent.
+        """
+        name = get_model_spec(model).name
+        mine = [figures for other, figures in self.figures.items() if get_model_spec(other).name == name]
+        return [
+            Expectation(metric, value, measured.get(metric), self.tolerance)
+            for figures in mine
+            for metric, value in figures.items()
+        ]
 
 
 @dataclass
-class RetrievalExpected(Section):
-    """Recall in percent that the recipe should reach."""
+class ZeroShotExpected(FiguresSection):
+    """Figures of a zero-shot classification."""
 
-    text_to_image_r1: float | None = setting(None, low=0.0, high=100.0)
-    """Share of texts whose image is the nearest."""
-    image_to_text_r1: float | None = setting(None, low=0.0, high=100.0)
-    """Share of images for which one of their texts is the nearest."""
-    tolerance: float = setting(0.2, low=0.0)
-    """Points below which a difference counts as reached."""
-    source: str | None = None
-    """Where the figures come from."""
+    METRICS: ClassVar[tuple[str, ...]] = ("top1", "top5", "mean_recall", "mean_top1_top5", "mean_average_precision")
+
+
+@dataclass
+class RetrievalExpected(FiguresSection):
+    """Recall of a retrieval."""
+
+    METRICS: ClassVar[tuple[str, ...]] = tuple(
+        f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
+    )
 
 
 @dataclass
