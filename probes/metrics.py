@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -22,11 +22,26 @@ class SplitMeter(torch.nn.Module):
         self.accuracy = build_metrics(num_classes)
         self.loss = MeanMetric()
 
-    def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add logits [B, C] and class indices [B]."""
-        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        self.loss.update(losses)
+    def update(self, logits: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+        """Add logits [B, C] and class indices [B]; `loss` is the batch's mean where it is not plain cross-entropy."""
+        if loss is None:
+            loss = torch.nn.functional.cross_entropy(logits.float(), targets)
+        self.loss.update(loss.float(), len(targets))
         self.accuracy.update(logits, targets)
+
+    def totals(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Sums so far, for a checkpoint inside an epoch."""
+        return {name: dict(metric.metric_state) for name, metric in self._metrics().items()}
+
+    def load_totals(self, totals: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Continue from `totals()`."""
+        for name, metric in self._metrics().items():
+            for key, value in totals[name].items():
+                setattr(metric, key, value.to(metric.device))
+            metric._update_count = 1  # else compute() warns that nothing was added
+
+    def _metrics(self) -> dict[str, Metric]:
+        return {**dict(self.accuracy.items(keep_base=True, copy_state=False)), "loss": self.loss}
 
     def compute_and_reset(self) -> dict[str, float]:
         """`loss` (mean over samples), `acc1`, `acc5` (percent)."""

@@ -1,0 +1,69 @@
+"""The classifier of a recipe: built, loaded, started and frozen as it says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from eva_clip.classifier import Classifier, build_classifier
+from eva_clip.specs import add_model_config
+from finetune.adapters import freeze
+from finetune.drop_path import skip_dropped_paths
+from finetune.sections import FinetuneRecipe
+from probes.sections import RecipeError
+
+if TYPE_CHECKING:
+    from probes.splits import Splits
+
+
+def build_untrained(recipe: FinetuneRecipe, num_classes: int, weights: str | None) -> Classifier:
+    """The recipe's classifier with what is not trained frozen; `weights` None leaves it randomly initialised."""
+    if recipe.model.config:
+        add_model_config(recipe.model.config)
+    model = build_classifier(
+        recipe.model.name,
+        num_classes,
+        image_size=recipe.model.image_size,
+        pool=recipe.head.pool,
+        head=recipe.head.kind,
+        checkpoint=weights,
+        drop_path_rate=recipe.regularisation.drop_path,
+        pos_embed=recipe.model.pos_embed,
+    )
+    if recipe.regularisation.skip_dropped:
+        skip_dropped_paths(model.tower)
+    freeze(model, recipe.tune)
+    return model
+
+
+def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Classifier, list[str]]:
+    """The classifier that training starts from, and notes on what was loaded.
+
+    Raises:
+        RecipeError: `head.start` is "checkpoint" and the file has no head of the data's classes.
+        ValueError: the weights do not fit.
+    """
+    weights = None if recipe.model.weights == "random" else recipe.model.weights
+    torch.manual_seed(recipe.run.seed)
+    model = build_untrained(recipe, len(splits.classes), weights)
+    report = model.load_report
+    notes = [f"{recipe.model.name}: {report.summary() if report else 'randomly initialised'}"]
+    fresh = report is None or any(name.startswith("classifier.") for name in report.missing)
+    start = recipe.head.start
+    if start == "checkpoint" and fresh:
+        raise RecipeError(
+            f"head.start is 'checkpoint' and {recipe.model.weights} has no head of {len(splits.classes)} classes; "
+            "use head.start=fresh (a new head), probe or zero_shot"
+        )
+    if start == "fresh" and not fresh:
+        torch.nn.init.normal_(
+            model.head.weight if isinstance(model.head, torch.nn.Linear) else model.head[1].weight, std=2e-5
+        )
+        notes.append("the file's head was not taken (head.start is 'fresh')")
+    if recipe.trainer.checkpointing:
+        model.tower.set_grad_checkpointing(True)
+    if recipe.trainer.compile:
+        for block in model.tower.blocks:
+            block.compile()
+    return model, notes

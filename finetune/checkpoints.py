@@ -1,0 +1,166 @@
+"""Checkpoints that survive: whole or absent, hashed, the newest few kept, and read back past a damaged one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+BLOCK = 1 << 22
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived and the state was saved; exit code 143."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+class KeepCheckpoints(Checkpoint):
+    """Saves after every n optimizer steps, at the end of every epoch, and at the next step after a SIGTERM.
+
+    A checkpoint is written beside its place, flushed to the disk and renamed; only then are older ones removed. When
+    the disk is full the last good one stays and the error names it.
+
+    Args:
+        folder: where `step-00001234.ckpt` and its `.sha256` go.
+        every_steps: optimizer steps between checkpoints.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, every_steps: int, keep: int) -> None:
+        self.folder, self.every_steps, self.keep = folder, every_steps, keep
+        self.stopping = False
+        self._saved = -1
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take over SIGTERM: state is only whole between optimizer steps."""
+        self._saved = trainer.global_step
+        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Give SIGTERM back."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Give SIGTERM back."""
+        self._release()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where a step has just been made and one is due; the epoch's last is saved at its end."""
+        step = trainer.global_step
+        stepped, last = step > self._saved, batch_idx + 1 >= int(trainer.num_training_batches)
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if accumulating or last or not stepped:
+            return
+        stopping = bool(trainer.strategy.reduce_boolean_decision(self.stopping, all=False))
+        if stopping or step % self.every_steps == 0:
+            self.save(trainer)
+        if stopping:
+            raise Terminated
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save the finished epoch."""
+        self.save(trainer)
+        if trainer.strategy.reduce_boolean_decision(self.stopping, all=False):
+            raise Terminated
+
+    def save(self, trainer: Trainer) -> None:
+        """Write one checkpoint and drop those that are too old.
+
+        Raises:
+            OSError: it could not be written; the message names the last good one.
+        """
+        name = f"step-{trainer.global_step:08d}.ckpt"
+        temporary, target = self.folder / f".{name}.partial", self.folder / name
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero and temporary.is_file():
+                publish(temporary, target)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            good = list_checkpoints(self.folder)
+            stays = f"the last good one is {good[-1]}" if good else "there is none yet"
+            message = f"checkpoint {target} could not be written ({error}); {stays}; make room and resume"
+            raise OSError(message) from error
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            for old in list_checkpoints(self.folder)[: -self.keep]:
+                old.unlink()
+                old.with_suffix(".sha256").unlink(missing_ok=True)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+    def _release(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Hash a file, flush it to the disk and give it its name."""
+    digest = sha256_of(temporary)
+    with temporary.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    target.with_suffix(".sha256").write_text(digest + "\n", encoding="utf-8")
+    temporary.replace(target)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step-*.ckpt"))
+
+
+def newest_readable(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose bytes are those that were written, and a sentence on each that was passed over.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be read.
+    """
+    found = list_checkpoints(folder)
+    passed: list[str] = []
+    for path in reversed(found):
+        problem = _problem(path)
+        if problem is None:
+            return path, passed
+        passed.append(f"checkpoint {path.name} is damaged ({problem}); the one before it is taken")
+    if found:
+        raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(passed)}; start over in a new run.dir")
+    return None, passed
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes, or None."""
+    recorded = path.with_suffix(".sha256")
+    if recorded.is_file():
+        expected = recorded.read_text(encoding="utf-8").strip()
+        return None if sha256_of(path) == expected else "its sha256 is not the recorded one"
+    try:
+        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds on damaged files
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,192 @@
+"""Fit a fine-tune to a recipe: the classifier, the batches, and Lightning's Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from safetensors.torch import load_file, save_file
+
+from eva_clip.transforms import build_eval_transform
+from finetune.build import build_recipe_classifier
+from finetune.checkpoints import KeepCheckpoints, newest_readable
+from finetune.data import FinetuneData
+from finetune.module import FinetuneModule
+from finetune.sections import FinetuneRecipe
+from finetune.targets import balanced_weights
+from finetune.views import FinetuneTransform
+from probes.plan import steps_per_epoch
+from probes.progress import is_terminal
+from probes.schedule import warmup_cosine
+
+if TYPE_CHECKING:
+    from eva_clip.classifier import Classifier
+    from probes.runs import RunFolder
+    from probes.splits import Splits
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished fine-tune."""
+
+    module: FinetuneModule
+    data: FinetuneData
+    notes: list[str]
+
+
+def fit_classifier(
+    recipe: FinetuneRecipe,
+    splits: Splits,
+    run: RunFolder,
+    *,
+    on_row: Callable[[dict[str, float]], None] | None = None,
+) -> Fitted:
+    """Train the classifier of a recipe whose `micro_batch` is set.
+
+    Raises:
+        RecipeError: the recipe does not fit the data or the machine.
+        ValueError: weights that do not fit, an adapter that does not act, or a loss that is not finite.
+    """
+    pl.seed_everything(recipe.run.seed, verbose=False)
+    model, notes = build_recipe_classifier(recipe, splits)
+    data = build_data(recipe, splits, model)
+    steps = data.samples_per_epoch // recipe.trainer.global_batch
+    schedule = recipe.schedule
+    peak = recipe.optimizer.lr
+    rates = warmup_cosine(peak, schedule.final_lr, schedule.epochs, steps, schedule.warmup_epochs)
+    module = FinetuneModule(
+        model,
+        recipe,
+        rates / peak if peak else np.zeros_like(rates),
+        data.evaluation_names,
+        class_weights=_class_weights(recipe, splits),
+        on_row=on_row,
+        on_selected=lambda weights: save_selected(run, module, weights),
+        on_non_finite=lambda what, images: _note_non_finite(run, splits, what, images),
+    )
+    trainer = build_trainer(recipe, run)
+    resume = None
+    if run.resumed:
+        path, passed = newest_readable(run.path / "checkpoints")
+        notes += passed
+        resume = str(path) if path else None
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit as stop:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into a silent exit
+            raise KeyboardInterrupt from stop
+        raise
+    return Fitted(module, data, notes)
+
+
+def build_data(recipe: FinetuneRecipe, splits: Splits, model: Classifier) -> FinetuneData:
+    """The images of a recipe under its training view and the published evaluation view."""
+    spec, trainer = model.spec, recipe.trainer
+    size, mean, std = spec.vision.image_size, spec.image_mean, spec.image_std
+    assert trainer.micro_batch is not None
+    data = FinetuneData(
+        splits,
+        FinetuneTransform(size, mean, std, recipe.augment),
+        build_eval_transform(size, mean, std),
+        data=recipe.data,
+        micro_batch=trainer.micro_batch,
+        samples_per_epoch=steps_per_epoch(len(splits.train), trainer.global_batch) * trainer.global_batch,
+        seed=recipe.run.seed,
+    )
+    data.repeats = recipe.augment.repeats
+    return data
+
+
+def build_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
+    """Lightning's Trainer of a recipe; loggers and checkpoints point into the run folder."""
+    section = recipe.trainer
+    assert section.micro_batch is not None
+    processes = section.devices * section.nodes
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    callbacks: list[Callback] = [
+        KeepCheckpoints(run.path / "checkpoints", recipe.checkpoint.every_steps, recipe.checkpoint.keep)
+    ]
+    if is_terminal():
+        callbacks.append(RichProgressBar())
+    return pl.Trainer(
+        max_epochs=recipe.schedule.epochs,
+        accelerator="auto",
+        devices=section.devices,
+        num_nodes=section.nodes,
+        strategy=build_strategy(section.strategy, processes),
+        precision=PRECISIONS[section.precision],  # type: ignore[arg-type]
+        accumulate_grad_batches=section.global_batch // (section.micro_batch * processes),
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=True,
+        enable_progress_bar=is_terminal(),
+        enable_model_summary=False,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(run.path, name="", version="tensorboard"),
+        log_every_n_steps=50,
+    )
+
+
+def build_strategy(name: str, processes: int) -> Any:
+    """Lightning's strategy of a recipe."""
+    if name == "fsdp2":
+        from pytorch_lightning.strategies import ModelParallelStrategy
+
+        return ModelParallelStrategy(
+            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    if name == "auto":
+        return "ddp" if processes > 1 else "auto"
+    return name
+
+
+def save_selected(run: RunFolder, module: FinetuneModule, weights: str) -> None:
+    """Keep the weights that the selection split prefers so far, whole or not at all."""
+    state = weights_of(module, weights)
+    if module.trainer.is_global_zero:
+        folder = run.path / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "selected.safetensors.part"
+        save_file(state, part)
+        part.replace(folder / "selected.safetensors")
+
+
+def load_selected(run: RunFolder, module: FinetuneModule) -> None:
+    """Put the selected weights into the module's model."""
+    module.model.load_state_dict(load_file(run.path / "checkpoints" / "selected.safetensors"))
+
+
+def weights_of(module: FinetuneModule, weights: str) -> dict[str, torch.Tensor]:
+    """Copy of the model's tensors on the CPU: "raw" or "ema"."""
+    averaged = module.ema.average if weights == "ema" and module.ema is not None else {}
+    state = {name: averaged.get(name, tensor) for name, tensor in module.model.state_dict().items()}
+    whole = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in whole.items()}
+
+
+def _class_weights(recipe: FinetuneRecipe, splits: Splits) -> torch.Tensor | None:
+    if recipe.regularisation.class_weights == "none":
+        return None
+    return balanced_weights(torch.bincount(torch.from_numpy(splits.train.targets), minlength=len(splits.classes)))
+
+
+def _note_non_finite(run: RunFolder, splits: Splits, what: str, images: list[int]) -> None:
+    """Add a line to `non_finite.jsonl`: what happened, and the images of the step."""
+    keys = splits.train.keys
+    with (run.path / "non_finite.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"what": what, "images": [keys[position] for position in images]}) + "\n")

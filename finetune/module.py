@@ -1,0 +1,249 @@
+"""`FinetuneModule`: a classifier whose encoder is trained, as a LightningModule."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import nn
+
+from finetune.ema import WeightAverage
+from finetune.layer_decay import build_param_groups
+from finetune.optim import build_optimizer
+from finetune.targets import Mixer, classification_loss
+from probes.metrics import SplitMeter
+from probes.sampling import seeded_generator
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from eva_clip.classifier import Classifier
+    from finetune.sections import FinetuneRecipe
+
+Batch = dict[str, Any]
+
+
+class FinetuneModule(LightningModule):
+    """Trains `model` as a recipe says, and scores it raw and averaged after every epoch.
+
+    `history` grows by one row an epoch with the columns of the published logs. All randomness of a step (dropped paths,
+    mixing) is drawn from (seed, epoch, batch, process), so that a resumed run repeats it.
+
+    Args:
+        model: with what is not trained already frozen.
+        recipe: optimizer, regularisation, augmentation and average are read from it.
+        schedule: factor of the peak learning rate of every step, float64 [steps].
+        evaluation_names: splits that are scored, in the order of the validation loaders.
+        class_weights: [C] or None.
+        on_row: called with every epoch's row.
+        on_selected: called with the weights' name ("raw", "ema") when they are the best on the selection split so far.
+        on_non_finite: called with what went wrong and the split positions of the step's images.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        recipe: FinetuneRecipe,
+        schedule: NDArray[np.float64],
+        evaluation_names: Sequence[str],
+        *,
+        class_weights: torch.Tensor | None = None,
+        on_row: Callable[[dict[str, float]], None] | None = None,
+        on_selected: Callable[[str], None] | None = None,
+        on_non_finite: Callable[[str, list[int]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.schedule = schedule
+        self.evaluation_names = list(evaluation_names)
+        self.class_weights = class_weights
+        self.on_row, self.on_selected, self.on_non_finite = on_row, on_selected, on_non_finite
+        self.mixer = Mixer(recipe.augment, model.num_classes)
+        self.ema: WeightAverage | None = None
+        self._ema_state: dict[str, Any] | None = None
+        names = ["train", *evaluation_names]
+        names += [f"ema_{name}" for name in evaluation_names if recipe.ema.decay is not None]
+        self.meters = nn.ModuleDict({f"{name}_meter": SplitMeter(model.num_classes) for name in names})
+        self.history: list[dict[str, float]] = []
+        self.selected: dict[str, Any] | None = None
+        self._steps: list[list[float]] = []  # of this epoch: highest lr, lowest lr, gradient norm
+        self._images: list[int] = []  # positions of the images of the step being accumulated
+
+    @property
+    def selection_name(self) -> str | None:
+        """The split that selects, or None: "test" never does."""
+        return next((name for name in self.evaluation_names if name != "test"), None)
+
+    def on_fit_start(self) -> None:
+        """Start the average once weights are where they are trained, or continue a checkpoint's."""
+        decay = self.recipe.ema.decay
+        if decay is not None:
+            self.ema = WeightAverage(self.model, decay)
+            if self._ema_state is not None:
+                self.ema.load_state_dict(self._ema_state)
+                self._ema_state = None
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Draw this batch's randomness from its own seed."""
+        generator = seeded_generator(self.recipe.run.seed, self.current_epoch, batch_idx, self.global_rank, 0xF17E)
+        torch.manual_seed(generator.initial_seed())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B, 3, H, W] to logits [B, C]."""
+        logits: torch.Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
+        """Loss of one micro-batch; None when every image of it was unreadable."""
+        self._note_skipped("train", batch)
+        target = batch["target"]
+        if len(target) == 0:
+            return None
+        self._images += batch["index"].tolist()
+        images, mixed = self.mixer(batch["image"], target)
+        logits = self(images)
+        loss = classification_loss(
+            logits, mixed, self.recipe.regularisation.label_smoothing, self._weights_on(logits.device)
+        )
+        if not torch.isfinite(loss):
+            self._handle_non_finite(f"loss {loss.item()}")
+        self._meter("train").update(logits.detach(), target, loss.detach())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note rates and gradient norm (unscaled), clip, and drop a gradient that is not finite.
+
+        Parameters without a gradient are left alone by the optimizer: no decay, no momentum.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._steps.append([max(rates), min(rates), float(norm)])
+        if not torch.isfinite(norm):
+            if self._loss_scale() == 1.0:  # with a loss scale an overflow is expected, and the scaler skips the step
+                self._handle_non_finite(f"gradient norm {float(norm)}")
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+        elif self.recipe.optimizer.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad, norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the average."""
+        super().optimizer_step(*args, **kwargs)
+        self._images = []
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch of the evaluation split number `dataloader_idx`, with raw and with averaged weights."""
+        name = self.evaluation_names[dataloader_idx]
+        self._note_skipped(name, batch)
+        if not len(batch["target"]):
+            return
+        for prefix, weights in self._weight_sets().items():
+            with weights:
+                self._meter(prefix + name).update(self(batch["image"]), batch["target"])
+
+    def on_train_epoch_end(self) -> None:
+        """Close the epoch: one row of history, and selection."""
+        train = self._meter("train").compute_and_reset()
+        highest, lowest, norms = zip(*self._steps, strict=True)
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        row = {
+            "train_lr": math.fsum(highest) / len(highest),
+            "train_min_lr": math.fsum(lowest) / len(lowest),
+            "train_loss": train["loss"],
+            "train_class_acc": train["acc1"] / 100,
+            "train_loss_scale": self._loss_scale(),
+            "train_weight_decay": self.recipe.optimizer.weight_decay,
+            "train_grad_norm": math.fsum(finite) / max(len(finite), 1),
+        }
+        for prefix in self._weight_sets():
+            for name in self.evaluation_names:
+                scores = self._meter(prefix + name).compute_and_reset()
+                row |= {f"{prefix}{name}_{key}": value for key, value in scores.items()}
+        row |= {"epoch": self.current_epoch, "n_parameters": sum(p.numel() for p in self.model.parameters())}
+        self._steps = []
+        self.history.append(row)
+        self._select(row)
+        self.log_dict({key: float(value) for key, value in row.items() if key not in ("epoch", "n_parameters")})
+        if self.on_row is not None and self.trainer.is_global_zero:
+            self.on_row(row)
+
+    def configure_optimizers(self) -> Any:
+        """Layer-decayed groups; the schedule's factor of every step is applied to each group's own rate."""
+        section = self.recipe.optimizer
+        groups = build_param_groups(self.model, section.lr, section.weight_decay, section.layer_decay)
+        optimizer = build_optimizer(groups, section)
+        last = len(self.schedule) - 1
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self.schedule[min(step, last)]))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what Lightning does not: the average, the history, and the part of the epoch that is done."""
+        checkpoint["finetune"] = {
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "history": self.history,
+            "selected": self.selected,
+            "steps": self._steps,
+            "train_meter": self._meter("train").totals(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        state = checkpoint["finetune"]
+        self._ema_state = state["ema"]
+        self.history, self.selected, self._steps = state["history"], state["selected"], state["steps"]
+        self._meter("train").load_totals(state["train_meter"])
+
+    def _weight_sets(self) -> dict[str, Any]:
+        """Prefix of the columns to a context in which the model has those weights."""
+        sets: dict[str, Any] = {"": contextlib.nullcontext()}
+        if self.ema is not None:
+            sets["ema_"] = self.ema.applied(self.model)
+        return sets
+
+    def _select(self, row: dict[str, float]) -> None:
+        name = self.selection_name
+        if name is None:
+            return
+        for prefix in self._weight_sets():
+            score = row[f"{prefix}{name}_acc1"]
+            if self.selected is None or score > self.selected["score"]:
+                weights = prefix.removesuffix("_") or "raw"
+                self.selected = {"epoch": int(row["epoch"]), "score": score, "weights": weights}
+                if self.on_selected is not None:
+                    self.on_selected(weights)
+
+    def _handle_non_finite(self, what: str) -> None:
+        if self.on_non_finite is not None:
+            self.on_non_finite(what, list(self._images))
+        if self.recipe.trainer.non_finite == "stop":
+            raise ValueError(
+                f"{what} in epoch {self.current_epoch}, step {self.global_step}; the images of the step are listed in "
+                "non_finite.jsonl of the run folder. Lower optimizer.lr, set optimizer.clip_grad=1, use "
+                "trainer.precision=bf16 or fp32, or leave such steps out with trainer.non_finite=skip"
+            )
+
+    def _weights_on(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.class_weights is None else self.class_weights.to(device)
+
+    def _note_skipped(self, name: str, batch: Batch) -> None:
+        if batch.get("skipped"):
+            self.trainer.datamodule.note_skipped(name, batch)  # type: ignore[attr-defined]
+
+    def _meter(self, name: str) -> SplitMeter:
+        meter = self.meters[f"{name}_meter"]
+        assert isinstance(meter, SplitMeter)
+        return meter
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0

@@ -1,0 +1,57 @@
+"""Losses and mixed targets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+if TYPE_CHECKING:
+    from finetune.sections import AugmentSection
+
+
+class Mixer:
+    """Mixup and cutmix of a batch, one of the two a batch: images [B, 3, H, W], classes [B] to probabilities [B, C]."""
+
+    def __init__(self, augment: AugmentSection, num_classes: int) -> None:
+        self.num_classes = num_classes
+        ways = []
+        if augment.mixup:
+            ways.append(v2.MixUp(alpha=augment.mixup, num_classes=num_classes))
+        if augment.cutmix:
+            ways.append(v2.CutMix(alpha=augment.cutmix, num_classes=num_classes))
+        self.mix = v2.RandomChoice(ways) if ways else None
+
+    def __call__(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixed images and targets; as they came with nothing to mix, a single image, or multi-hot targets."""
+        if self.mix is None or len(images) < 2 or target.ndim > 1:
+            return images, target
+        mixed, probabilities = self.mix(images, target)
+        return mixed, probabilities
+
+
+def balanced_weights(counts: torch.Tensor) -> torch.Tensor:
+    """Weight of each class, N / (C · count), from counts [C]; 0 for a class without images."""
+    present = counts.clamp(min=1).float()
+    return torch.where(counts > 0, counts.sum() / (len(counts) * present), torch.zeros_like(present))
+
+
+def classification_loss(
+    logits: torch.Tensor, target: torch.Tensor, label_smoothing: float, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean loss of a batch in fp32.
+
+    Args:
+        logits: [B, C].
+        target: class indices int64 [B], probabilities [B, C] (mixed), or multi-hot bool [B, C] (several labels an
+            image), which is scored by binary cross-entropy.
+        label_smoothing: share of the target spread over all classes; of a multi-hot target, over 0 and 1.
+        class_weights: [C] or None.
+    """
+    logits = logits.float()
+    if target.dtype == torch.bool:
+        smooth = target.float() * (1 - label_smoothing) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=class_weights)
+    return F.cross_entropy(logits, target, weight=class_weights, label_smoothing=label_smoothing)
