@@ -11,16 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from eva_clip.checkpoints import Checkpoint, LoadReport, copy_tensors, match, open_checkpoint
+from eva_clip.feature_kinds import kind_width, pool_kinds, take_kinds
 from eva_clip.hub import resolve_weights
 from eva_clip.models import DTYPES
 from eva_clip.spec_types import ModelSpec
 from eva_clip.specs import get_model_spec
-from eva_clip.towers import build_vision_tower, has_mean_pool, pool_tokens
+from eva_clip.towers import build_vision_tower, has_mean_pool
 
 if TYPE_CHECKING:
-    from timm.models.eva import Eva
+    from collections.abc import Sequence
 
-POOLS = ("cls", "gap", "cls+gap")
+    from timm.models.eva import Eva
 
 
 @dataclass(frozen=True)
@@ -28,31 +29,29 @@ class FeatureDefinition:
     """What a feature is.
 
     All pools read the tokens after the tower's final norm: "cls" is the class token (the published probe's feature),
-    "gap" the mean of the patch tokens, "cls+gap" both, concatenated. A mean-pool file (a published fine-tune) has no
-    final norm: there "gap", the only pool it allows, is the mean of the patch tokens, then its `fc_norm`.
+    "gap" the mean of the patch tokens, "cls+gap" both, concatenated, "cls_last<n>" the class tokens of the last n
+    blocks (`eva_clip.feature_kinds`). A mean-pool file (a published fine-tune) has no final norm: there "gap", the only
+    pool it allows, is the mean of the patch tokens, then its `fc_norm`.
     """
 
     pool: str = "cls"
-    """One of "cls", "gap", "cls+gap"."""
+    """One of "cls", "gap", "cls+gap", "cls_last<n>", "cls_last<n>+gap"."""
     projected: bool = False
     """Apply the tower's projection into the image-text space; defined for pool "cls" only."""
     l2norm: bool = False
     """Scale every feature to unit Euclidean length."""
 
     def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise ValueError(f"unknown pool {self.pool!r}; expected one of {', '.join(POOLS)}")
-        if self.projected and self.pool != "cls":
-            raise ValueError(
-                f"projected features need pool 'cls', found {self.pool!r}: the projection was trained on the class "
-                "token alone; set pool to 'cls' or projected to false"
-            )
+        pool_kinds(self.pool, self.projected)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds (`eva_clip.feature_kinds`) that the feature is the concatenation of."""
+        return pool_kinds(self.pool, self.projected)
 
     def feature_dim(self, spec: ModelSpec) -> int:
         """Width D of the feature for a model."""
-        if self.projected:
-            return spec.embed_dim
-        return spec.vision.width * (2 if self.pool == "cls+gap" else 1)
+        return sum(kind_width(kind, spec) for kind in self.kinds)
 
 
 class VisionEncoder(nn.Module):
@@ -72,6 +71,7 @@ class VisionEncoder(nn.Module):
                 f"features of pool {definition.pool!r} were asked of a mean-pool encoder (it has fc_norm and no norm), "
                 "whose class token was never trained for it; set pool to 'gap'"
             )
+        definition.feature_dim(spec)  # refuses more blocks than there are
         if not definition.projected:
             tower.reset_classifier(0)  # the projection would be counted, hashed and moved, but never used
         self.tower = tower
@@ -92,16 +92,25 @@ class VisionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B, 3, H, W] to features [B, D]."""
-        tokens = self.tower.forward_features(images.to(self.tower.cls_token.dtype))  # [B, 1 + N, width]
-        features = pool_tokens(self.tower, tokens, self.definition.pool)
-        if self.definition.projected:
-            features = self.tower.head(features)
+        found = self.take_kinds(images, self.definition.kinds)
+        features = torch.cat(list(found.values()), dim=1)
         return F.normalize(features, dim=-1) if self.definition.l2norm else features
 
-    def weights_sha256(self) -> str:
-        """Hash over names, dtypes, shapes and bytes of all tower tensors; changes when any value does."""
+    @torch.no_grad()
+    def take_kinds(self, images: torch.Tensor, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Normalised images [B, 3, H, W] to features by kind, from one forward pass; not scaled to unit length."""
+        return take_kinds(self.tower, images.to(self.tower.cls_token.dtype), kinds)
+
+    def weights_sha256(self, *, projection: bool = True) -> str:
+        """Hash over names, dtypes, shapes and bytes of all tower tensors; changes when any value does.
+
+        Args:
+            projection: include the projection, where the encoder has one.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tower.state_dict().items()):
+            if name.startswith("head.") and not projection:
+                continue
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -29,6 +29,10 @@ _KINDS = {"vision": "a vision encoder alone", "classifier": "an image classifier
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class NoTextTowerError(ValueError):
+    """A file of both towers was wanted and holds the vision tower alone."""
+
+
 class EvaCLIP(nn.Module):
     """Two towers into one space: images [B, 3, H, W] and token ids [B, T] to embeddings [B, embed_dim]."""
 
@@ -91,12 +95,13 @@ def load_weights(model: EvaCLIP, weights: str | Path, *, pos_embed: str = "eva")
         pos_embed: "eva" or "timm" (`resize_pos_embed`).
 
     Raises:
-        ValueError: the file is of a vision tower alone, or does not fit; every tensor at fault is named.
+        NoTextTowerError: the file is of a vision tower alone.
+        ValueError: it does not fit; every tensor at fault is named.
         FileNotFoundError: no such file.
     """
     file = open_checkpoint(resolve_weights(model.spec, weights), model_name=model.spec.name)
     if file.kind != "clip":
-        raise ValueError(
+        raise NoTextTowerError(
             f"{file.path} holds {_KINDS[file.kind]} and no text tower, so it cannot be the whole of {model.spec.name}; "
             "use eva_clip.build_encoder or eva_clip.build_classifier with it, or name a file of both towers"
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eva_clip.classifier import Classifier, build_classifier
+from eva_clip.classifier import Classifier, build_class_head, build_classifier
 from eva_clip.specs import add_model_config
 from finetune.adapters import freeze
 from finetune.drop_path import skip_dropped_paths
@@ -57,10 +57,8 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
             "use head.start=fresh (a new head), probe or zero_shot"
         )
     if start == "fresh" and not fresh:
-        torch.nn.init.normal_(
-            model.head.weight if isinstance(model.head, torch.nn.Linear) else model.head[1].weight, std=2e-5
-        )
-        notes.append("the file's head was not taken (head.start is 'fresh')")
+        model.head = build_class_head(recipe.head.kind, model.spec.vision.width, model.num_classes)
+        notes.append("the file's head was not taken: head.start is 'fresh'")
     if recipe.trainer.checkpointing:
         model.tower.set_grad_checkpointing(True)
     if recipe.trainer.compile:

@@ -32,7 +32,7 @@ class ResumableLoader(SplitLoader):
 
     handed_out = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Batches from where the restored state stands."""
         sampler = self.sampler
         assert isinstance(sampler, ResumableSampler)

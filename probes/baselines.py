@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eva_clip.models import build_model
+from eva_clip.models import NoTextTowerError, build_model
 from eva_clip.transforms import to_rgb
-from probes.data import decode
 from probes.embedding import embed_images
 from probes.fit import Fitted, fit_probe
 from probes.heads import build_zero_shot_weights
@@ -32,16 +31,26 @@ INNER_HOLDOUT = 0.15
 """Share of train that chooses C where the recipe has no selection split."""
 
 
-def compute_baselines(recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) -> list[Baseline]:
-    """The baselines that a recipe asks for, each trained and chosen on the same samples as the probe."""
-    found = []
+def compute_baselines(
+    recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split
+) -> tuple[list[Baseline], list[str]]:
+    """The baselines that a recipe asks for, each trained and chosen on the same samples as the probe.
+
+    Returns:
+        The baselines, and one sentence for each that was asked for and cannot be had.
+    """
+    found, notes = [], []
     if recipe.baselines.zero_shot:
-        found.append(_zero_shot(recipe, splits, fitted, reported))
+        try:
+            found.append(_zero_shot(recipe, splits, fitted, reported))
+        except NoTextTowerError as error:
+            why = str(error).partition(", so ")[0]
+            notes.append(f"The zero-shot baseline was left out: {why}.")
     if recipe.baselines.raw_pixels:
         found.append(_raw_pixels(recipe, splits, reported))
     if recipe.baselines.random_encoder:
         found.append(_random_encoder(recipe, splits, reported))
-    return found
+    return found, notes
 
 
 def _random_encoder(recipe: Recipe, splits: Splits, reported: Split) -> Baseline:
@@ -107,7 +116,7 @@ def _read_pixels(split: Split, skip: bool) -> tuple[NDArray[np.float32], NDArray
     rows, kept = [], []
     for position, index in enumerate(split.indices):
         try:
-            image = to_rgb(decode(split.source.read(int(index))))
+            image = to_rgb(split.source.image(int(index)))
         except Exception:  # Pillow raises many kinds; see `probes.data`
             if not skip:
                 raise

@@ -1,4 +1,4 @@
-"""Images listed in a CSV file with columns path,label[,split]. No torch."""
+"""Images or videos listed in a CSV file with columns path,label[,split]. No torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class CsvSource(Files):
     Args:
         path: the CSV file, UTF-8 with or without a byte-order mark.
         split: the split to keep where the file has a `split` column; None keeps all rows.
+        media: "image" or "video", what the files are.
 
     Raises:
         RecipeError: a column is missing, no row is of the split, or rows are wrong or name missing files.
     """
 
-    def __init__(self, path: str | Path, split: str | None) -> None:
-        super().__init__([str(path)], Path(path).parent)
+    def __init__(self, path: str | Path, split: str | None, media: str = "image") -> None:
+        super().__init__([str(path)], Path(path).parent, media)
         rows, has_split = _read_rows(Path(path))
         first_row: dict[str, int] = {}
         wrong, missing = [], []

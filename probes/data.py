@@ -5,19 +5,18 @@ An augmented view depends on (seed, epoch, sample) only: never on the number of 
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from probes.sampling import EpochSampler, seeded_generator
 from probes.sections import DataSection, RecipeError
+from probes.source_contract import decode as decode  # an image's bytes, for callers of this module
 from probes.splits import Split, Splits
 
 Batch = dict[str, Any]
@@ -72,7 +71,7 @@ class SplitDataset(Dataset[Sample | Unreadable]):
         epoch, index = item if isinstance(item, tuple) else (None, item)
         source, position = self.split.source, int(self.split.indices[index])
         try:
-            image = decode(source.read(position))
+            image = source.image(position)
         except RecipeError:
             raise
         # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
@@ -80,8 +79,8 @@ class SplitDataset(Dataset[Sample | Unreadable]):
             if self.on_corrupt == "skip":
                 return Unreadable(index)
             raise RecipeError(
-                f"unreadable image in {self.split.name}: {source.location(position)} "
-                f"({type(error).__name__}: {error}); replace or remove it, or leave unreadable images "
+                f"unreadable {source.media} in {self.split.name}: {source.location(position)} "
+                f"({type(error).__name__}: {error}); replace or remove it, or leave unreadable {source.media}s "
                 "out with data.on_corrupt=skip"
             ) from error
         if epoch is None:
@@ -192,9 +191,10 @@ class ImageDataModule(LightningDataModule):
         *,
         drop_last: bool,
         keep_workers: bool,
+        loader_class: type[SplitLoader] = SplitLoader,
     ) -> SplitLoader:
         workers = min(self.data.workers, available_cores(), -(-len(sampler) // batch_size))
-        return SplitLoader(
+        return loader_class(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
@@ -209,17 +209,6 @@ class ImageDataModule(LightningDataModule):
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-def decode(data: bytes) -> Image.Image:
-    """An encoded image, decoded in full (the first frame of several).
-
-    Raises:
-        Exception: of many kinds, where Pillow cannot decode all of it or it is a decompression bomb.
-    """
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
 
 
 def collate(samples: Sequence[Sample | Unreadable]) -> Batch:

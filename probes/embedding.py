@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from eva_clip.models import DTYPES, build_model
 from eva_clip.specs import add_model_config
-from eva_clip.tokenizer import tokenize
 from eva_clip.transforms import build_eval_transform
 from probes.data import SplitDataset, SplitLoader, available_cores, collate
+from probes.processes import gather_rows, share
 from probes.progress import track
 
 if TYPE_CHECKING:
@@ -32,40 +31,48 @@ def build_towers(model: ModelSection, precision: str) -> EvaCLIP:
 
 @torch.no_grad()
 def embed_images(model: EvaCLIP, batches: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings [N, embed_dim] of all readable images, and their positions in the split, int64 [N]."""
+    """Embeddings [N, embed_dim] of all readable images, and their positions in the split, int64 [N], ascending.
+
+    Under `join_processes` the batches are this process's (`evaluation_loader`) and the rows come from all.
+
+    Raises:
+        ValueError: no image could be read.
+    """
     device = model.logit_scale.device
-    rows, index = [], []
+    rows, index = [torch.empty(0, model.spec.embed_dim)], [torch.empty(0, dtype=torch.int64)]
     for batch in track(batches, f"images of {name}", len(batches)):
         if len(batch["index"]):
             rows.append(model.encode_image(batch["image"].to(device)).float().cpu())
             index.append(batch["index"])
-    if not rows:
+    images, positions = gather_rows(torch.cat(rows), torch.cat(index))
+    if not len(positions):
         raise ValueError(f"no image of {name} could be read")
-    return torch.nn.functional.normalize(torch.cat(rows), dim=1), torch.cat(index)
+    return torch.nn.functional.normalize(images, dim=1), positions
 
 
 @torch.no_grad()
-def embed_texts(model: EvaCLIP, texts: Sequence[str], batch: int) -> torch.Tensor:
-    """Embeddings [len(texts), embed_dim].
-
-    Raises:
-        ValueError: a text is longer than the model's context.
-    """
-    device, rows = model.logit_scale.device, []
-    starts = range(0, len(texts), batch)
+def embed_tokens(model: EvaCLIP, tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    """Embeddings [T, embed_dim] of tokenised texts int64 [T, context]; under `join_processes` each does its share."""
+    device = model.logit_scale.device
+    rows, index = [torch.empty(0, model.spec.embed_dim)], [torch.empty(0, dtype=torch.int64)]
+    starts = share(range(0, len(tokens), batch))
     for start in track(starts, "texts", len(starts)):
-        tokens = tokenize(texts[start : start + batch], model.spec.text.context_length)
-        rows.append(model.encode_text(tokens.to(device)).float().cpu())
-    return torch.nn.functional.normalize(torch.cat(rows), dim=1)
+        rows.append(model.encode_text(tokens[start : start + batch].to(device)).float().cpu())
+        index.append(torch.arange(start, start + len(rows[-1])))
+    texts, positions = gather_rows(torch.cat(rows), torch.cat(index))
+    assert len(positions) == len(tokens)
+    return torch.nn.functional.normalize(texts, dim=1)
 
 
 def evaluation_loader(model: EvaCLIP, split: Split, data: DataSection, batch: int) -> Any:
-    """A split under the model's evaluation view, in order."""
+    """A split under the model's evaluation view, in order; under `join_processes` this process's whole batches."""
     spec = model.spec
     transform = build_eval_transform(spec.vision.image_size, spec.image_mean, spec.image_std)
+    starts = share(range(0, len(split), batch))
+    batches = [list(range(start, min(start + batch, len(split)))) for start in starts]
     return SplitLoader(
         SplitDataset(split, transform, 0, data.on_corrupt),
-        batch_size=batch,
-        num_workers=min(data.workers, available_cores()),
+        batch_sampler=batches,
+        num_workers=min(data.workers, available_cores(), len(batches)),
         collate_fn=collate,
     )

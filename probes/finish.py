@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -39,23 +38,32 @@ def reported_split(splits: Splits) -> Split:
 
 
 def save_head(run: RunFolder, recipe: Recipe, fitted: Fitted, classes: list[str]) -> None:
-    """Write the reported head as `head.safetensors`, with all that is needed to use it in its metadata."""
+    """Write the reported head as `head.safetensors`, with all that is needed to use it in its metadata.
+
+    The metadata is one key, "probe": JSON with `model`, `encoder_sha256`, `features` (pool, projected, l2norm),
+    `image_size` (pixels), `head` (its kind) and `classes`. One, because safetensors writes several in a random order,
+    and equal runs would differ in their bytes.
+    """
+    if not run.writes:
+        return
     from safetensors.torch import save_file
 
-    metadata = {
+    probe = {
         "model": recipe.model.name,
         "encoder_sha256": fitted.encoder_sha256,
-        "features": json.dumps({key: getattr(recipe.features, key) for key in ("pool", "projected", "l2norm")}),
-        "image_size": str(fitted.encoder.spec.vision.image_size),
+        "features": {key: getattr(recipe.features, key) for key in ("pool", "projected", "l2norm")},
+        "image_size": fitted.encoder.spec.vision.image_size,
         "head": recipe.head.kind,
-        "classes": json.dumps(classes),
+        "classes": classes,
     }
     tensors = {key: value.contiguous().cpu() for key, value in fitted.module.head.state_dict().items()}
-    save_file(tensors, run.path / "head.safetensors", metadata=metadata)
+    save_file(tensors, run.path / "head.safetensors", metadata={"probe": json.dumps(probe, sort_keys=True)})
 
 
 def finish_run(run: RunFolder, recipe: Any, result: RunResult, predictions: Predictions, split: Split) -> None:
     """Write `predictions.csv`, `report.html` and, last, `result.json`; print the outcome."""
+    if not run.writes:
+        return
     from probes.report import write_report
 
     def read_image(position: int) -> Image.Image:
@@ -100,8 +108,6 @@ def print_result(result: RunResult) -> None:
 
 
 def _open_image(split: Split, position: int) -> Image.Image:
-    from PIL import Image
-
     from eva_clip.transforms import to_rgb
 
-    return to_rgb(Image.open(io.BytesIO(split.source.read(int(split.indices[position])))))
+    return to_rgb(split.source.image(int(split.indices[position])))

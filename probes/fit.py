@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eva_clip.transforms import LinearProbeTransform, build_eval_transform
+from probes.batch_norm import SharedRunningStatistics
 from probes.data import ImageDataModule
 from probes.encoder import build_recipe_encoder
 from probes.features import FeatureSet, feature_key, load_or_extract
@@ -38,21 +39,24 @@ EXTRACTION_BATCH = 64
 
 
 class FeatureBatches(Sampler[list[int]]):
-    """Batches of row numbers in the order of an `EpochSampler`; Lightning sets the epoch."""
+    """Batches of row numbers in the order of an `EpochSampler`; Lightning sets the epoch.
 
-    def __init__(self, sampler: EpochSampler, batch: int) -> None:
-        self.sampler, self.batch = sampler, batch
+    Whole batches are dealt to the processes, so that the groups that BatchNorm sees do not depend on their number.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch: int, rank: int = 0, world_size: int = 1) -> None:
+        self.sampler, self.batch, self.rank, self.world_size = sampler, batch, rank, world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation."""
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.batch
+        return len(self.sampler) // self.batch // self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         rows = [row for _, row in self.sampler]
-        for start in range(0, len(rows), self.batch):
+        for start in range(self.rank * self.batch, len(rows), self.world_size * self.batch):
             yield rows[start : start + self.batch]
 
 
@@ -113,8 +117,9 @@ def fit_probe(
     encoder, report = build_recipe_encoder(recipe, weights)
     digest = encoder.weights_sha256()
     data = build_data(recipe, splits, encoder)
+    trainer = _build_trainer(recipe, run)
     if recipe.features.mode == "cached":
-        train, evaluation = _cached_loaders(recipe, splits, encoder, data)
+        train, evaluation = _cached_loaders(recipe, splits, encoder, data, trainer)
     else:
         train, evaluation = None, {name: data.loader(name) for name in data.evaluation_names}
     trainer_section, schedule = recipe.trainer, recipe.schedule
@@ -133,7 +138,6 @@ def fit_probe(
         encoder_sha256=digest,
         on_row=on_row,
     )
-    trainer = _build_trainer(recipe, run)
     checkpoint = run.path / "checkpoints" / "last.ckpt" if run and run.resumed else None
     resume = str(checkpoint) if checkpoint and checkpoint.is_file() else None
     try:
@@ -165,9 +169,13 @@ def build_data(recipe: Recipe, splits: Splits, encoder: VisionEncoder) -> ImageD
 
 
 def _cached_loaders(
-    recipe: Recipe, splits: Splits, encoder: VisionEncoder, data: ImageDataModule
+    recipe: Recipe, splits: Splits, encoder: VisionEncoder, data: ImageDataModule, trainer: pl.Trainer
 ) -> tuple[Any, dict[str, Any]]:
-    """Batches of cached features: of train in the order of training, of the other splits in their own."""
+    """Batches of cached features: of train this process's share in the order of training, of the other splits all.
+
+    Every process scores all of them: the head is cheap on features, and means do not change when each sample counts
+    as often.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = {}
     for name, split in splits.named.items():
@@ -181,9 +189,10 @@ def _cached_loaders(
         )
         data.skipped[name].update(set(split.keys) - {split.keys[row] for row in stored.index.tolist()})
         rows[name] = FeatureRows(stored, split)
-    train, trainer = rows.pop(splits.train.name), recipe.trainer
-    used = steps_per_epoch(len(train), trainer.global_batch) * trainer.global_batch
-    order = FeatureBatches(EpochSampler(len(train), used, recipe.run.seed), trainer.micro_batch)
+    train, section = rows.pop(splits.train.name), recipe.trainer
+    used = steps_per_epoch(len(train), section.global_batch) * section.global_batch
+    sampler = EpochSampler(len(train), used, recipe.run.seed)
+    order = FeatureBatches(sampler, section.micro_batch, trainer.global_rank, trainer.world_size)
     return DataLoader(train, sampler=order, batch_size=None), {
         name: DataLoader(split, sampler=_in_order(len(split)), batch_size=None) for name, split in rows.items()
     }
@@ -209,6 +218,8 @@ def _build_trainer(recipe: Recipe, run: RunFolder | None) -> pl.Trainer:
     if show_bar:
         callbacks.append(RichProgressBar())
     section = recipe.trainer
+    if section.devices > 1:
+        callbacks.append(SharedRunningStatistics())
     return pl.Trainer(
         max_epochs=recipe.schedule.epochs,
         devices=section.devices,
@@ -229,7 +240,10 @@ def check_machine(recipe: Recipe) -> None:
     """Find what a recipe asks of the machine in vain.
 
     Raises:
-        RecipeError: fp16 without a GPU.
+        RecipeError: fp16 without a GPU; more devices than there are GPUs.
     """
+    found = torch.cuda.device_count()
+    if 0 < found < recipe.trainer.devices:
+        raise RecipeError(f"trainer.devices is {recipe.trainer.devices} and this machine has {found} GPU(s)")
     if recipe.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("trainer.precision is fp16 and there is no GPU; use trainer.precision=bf16 (or fp32)")

@@ -1,4 +1,4 @@
-"""Images in class folders. No torch."""
+"""Images or videos in class folders. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from probes.csv_source import SPLIT_NAMES
 from probes.sections import RecipeError
-from probes.source_contract import EXPECTED, Files, is_image, some
+from probes.source_contract import EXPECTED, Files, is_media, some
 
 
 class FolderSource(Files):
@@ -15,13 +15,14 @@ class FolderSource(Files):
 
     Args:
         path: the folder of class folders.
+        media: "image" or "video", the kind of files that are read.
 
     Raises:
         RecipeError: no class folders, a class folder without images, or a link to nothing.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__([str(path)], Path(path))
+    def __init__(self, path: str | Path, media: str = "image") -> None:
+        super().__init__([str(path)], Path(path), media)
         if not self.root.is_dir():
             other = "csv" if self.root.suffix == ".csv" else "tar"
             hint = f" (or data.format={other})" if f".{other}" in self.root.name or self.root.suffix == ".tgz" else ""
@@ -34,21 +35,21 @@ class FolderSource(Files):
             raise RecipeError(f"{path} holds splits ({', '.join(classes)}), not classes; name {self.root / 'train'}")
         empty = []
         for name in classes:
-            found = _images_below(self.root / name)
+            found = _files_below(self.root / name, media)
             self.keys += [f"{name}/{inner}" for inner in found]
             self.labels += [name] * len(found)
             if not found:
                 empty.append(str(self.root / name))
         if empty:
             raise RecipeError(
-                f"{len(empty)} class folder(s) without images: {some(empty)}; add images or remove the folder"
+                f"{len(empty)} class folder(s) without {media}s: {some(empty)}; add {media}s or remove the folder"
             )
 
     def _no_classes(self, entries: list[str]) -> str:
-        images = sum(is_image(name) for name in entries)
-        if images:
+        files = sum(is_media(name, self.media) for name in entries)
+        if files:
             return (
-                f"{self.root} holds {images} image(s) but no class folders; put the images of each class "
+                f"{self.root} holds {files} {self.media}(s) but no class folders; put the {self.media}s of each class "
                 "into a sub-folder named after it, or list them in a CSV (data.format=csv)"
             )
         other = [kind for kind in ("csv", "tar") if any(f".{kind}" in name for name in entries)]
@@ -56,8 +57,8 @@ class FolderSource(Files):
         return f"{self.root} has no class folders; expected {EXPECTED['folder']}{hint}"
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Sorted paths of the images below a folder, relative to it; follows links, enters each folder once."""
+def _files_below(folder: Path, media: str) -> list[str]:
+    """Sorted paths of the images (or videos) below a folder, relative to it; follows links, enters each folder once."""
     found, entered = [], set()
     for current, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(current)
@@ -65,7 +66,9 @@ def _images_below(folder: Path) -> list[str]:
         if real in entered:
             continue
         entered.add(real)
-        for name in filter(is_image, names):
+        for name in names:
+            if not is_media(name, media):
+                continue
             file = Path(current) / name
             if file.is_symlink() and not file.exists():
                 raise RecipeError(f"{file} is a link to nothing ({file.readlink()}); restore its target or remove it")

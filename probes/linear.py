@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes.cli import run_command
+from probes.launch import first_process_prints
 from probes.recipe import Recipe
 from probes.results import RunResult, compare_expected
 
@@ -52,7 +53,9 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     predictions = predict(fitted.module, fitted.loaders[reported.name], reported)
     save_head(run, recipe, fitted, splits.classes)
     result = summarise(recipe, Path(recipe_path), splits, fitted, reported, len(predictions.keys))
-    result.baselines.extend(compute_baselines(recipe, splits, fitted, reported))
+    baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
+    result.baselines.extend(baselines)
+    result.notes.extend(left_out)
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
     finish_run(run, recipe, result, predictions, reported)
 
@@ -121,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Train a linear head on the features of a frozen encoder; the run ends with a report.",
         schema=Recipe,
         plan=plan,
-        execute=execute,
+        execute=first_process_prints()(execute),
         argv=argv,
     )
 

@@ -31,7 +31,10 @@ class SplitMeter(torch.nn.Module):
 
     def totals(self) -> dict[str, dict[str, torch.Tensor]]:
         """Sums so far, for a checkpoint inside an epoch."""
-        return {name: dict(metric.metric_state) for name, metric in self._metrics().items()}
+        return {
+            name: {key: torch.as_tensor(value) for key, value in metric.metric_state.items()}
+            for name, metric in self._metrics().items()
+        }
 
     def load_totals(self, totals: dict[str, dict[str, torch.Tensor]]) -> None:
         """Continue from `totals()`."""

@@ -97,6 +97,8 @@ class RunResult:
     """Number of samples of each split used, in the order train, holdout or val, test."""
     scores: list[Score]
     """The reported score first."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Further metrics by name, in percent."""
     baselines: list[Baseline] = field(default_factory=list)
     expectations: list[Expectation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -4,75 +4,97 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from probes.cli import run_command
-from probes.zeroshot_sections import RetrievalRecipe
+from probes.retrieval_sections import RetrievalRecipe
+
+if TYPE_CHECKING:
+    from eva_clip.models import EvaCLIP
+    from probes.captions import CaptionedSplit
+    from probes.runs import RunFolder
 
 
 def plan(recipe: RetrievalRecipe) -> dict[str, Any]:
     """What `--plan` prints: numbers of images and captions."""
-    split, captions = _open(recipe)
-    return {"model": recipe.model.name, "images": len(split), "captions": len(captions), "batch": recipe.compute.batch}
+    from probes.captions import open_captioned_split
+
+    captioned = open_captioned_split(recipe.data, recipe.captions)
+    return {
+        "model": recipe.model.name,
+        "images": len(captioned.split),
+        "captions": len(captioned.texts),
+        "batch": recipe.compute.batch,
+    }
 
 
-def execute(recipe: RetrievalRecipe, recipe_path: str) -> None:
-    """One run, from recipe to `result.json`."""
+def execute(recipe: RetrievalRecipe, recipe_path: str, towers: EvaCLIP | None = None) -> None:
+    """One run, from recipe to `result.json`, on all processes that torchrun started; `towers` are built if None."""
+    from probes.captions import open_captioned_split
+    from probes.processes import join_processes
+
+    captioned = open_captioned_split(recipe.data, recipe.captions)
+    with join_processes():
+        _run(recipe, recipe_path, captioned, towers)
+
+
+def _run(recipe: RetrievalRecipe, recipe_path: str, captioned: CaptionedSplit, towers: EvaCLIP | None) -> None:
     from probes.runs import RunFolder
 
-    split, captions = _open(recipe)
     run = RunFolder.create(recipe, recipe_path)
+    run.write_json("data.json", captioned.describe())
     print(f"run folder: {run.path}", flush=True)
 
-    from probes.embedding import build_towers, embed_images, embed_texts, evaluation_loader
-    from probes.ranking import recall_at_k
+    import torch
 
-    model = build_towers(recipe.model, recipe.compute.precision)
-    images, index = embed_images(model, evaluation_loader(model, split, recipe.data, recipe.compute.batch), "test")
-    texts = embed_texts(model, [captions[int(position)] for position in index], recipe.compute.batch)
-    ways = {
-        "text to image": recall_at_k(texts, index, images, index),
-        "image to text": recall_at_k(images, index, texts, index),
+    from probes.captions import tokenize_captions
+    from probes.embedding import build_towers, embed_images, embed_tokens, evaluation_loader
+    from probes.ranking import rank_first_match, recall_of_ranks
+
+    model = towers or build_towers(recipe.model, recipe.compute.precision)
+    tokens = tokenize_captions(captioned, model.spec.text.context_length, recipe.captions.truncate)
+    split, batch = captioned.split, recipe.compute.batch
+    images, index = embed_images(model, evaluation_loader(model, split, recipe.data, batch), "test")
+    owner = torch.tensor(captioned.owner)
+    readable = torch.isin(owner, index)  # captions of unreadable images have nothing to find
+    texts, owner = embed_tokens(model, tokens[readable], batch), owner[readable]
+    ranks = {
+        "text to image": rank_first_match(texts, owner, images, index),
+        "image to text": rank_first_match(images, index, texts, owner),
     }
-    measured = {f"{way.replace(' ', '_')}_r{k}": value for way, recalls in ways.items() for k, value in recalls.items()}
+    recalls = {way: recall_of_ranks(found) for way, found in ranks.items()}
+    _report(run, recipe, recalls, captioned, len(images), len(texts))
+
+
+def _report(
+    run: RunFolder,
+    recipe: RetrievalRecipe,
+    recalls: dict[str, dict[int, float]],
+    captioned: CaptionedSplit,
+    images: int,
+    texts: int,
+) -> None:
+    """Write `result.json` and print the table."""
+    measured = {f"{way.replace(' ', '_')}_r{k}": value for way, found in recalls.items() for k, value in found.items()}
     expectations = recipe.expected.compare(recipe.model.name, measured)
+    skipped = len(captioned.split) - images
     run.write_json(
         "result.json",
         {
-            "images": len(images),
-            "texts": len(texts),
-            "skipped": len(split) - len(images),
-            "recall": {way: {f"R@{k}": value for k, value in recalls.items()} for way, recalls in ways.items()},
+            "images": images,
+            "texts": texts,
+            "skipped": skipped,
+            "measured": measured,
             "expectations": [{**vars(item), "verdict": item.verdict} for item in expectations],
         },
     )
-    print(f"\n{len(images)} images, {len(texts)} texts" + "".join(f"{f'R@{k}':>9}" for k in ways["text to image"]))
-    if len(images) < len(split):
-        print(f"{len(split) - len(images)} unreadable image(s) were left out")
-    for way, recalls in ways.items():
-        print(f"{way:<28}" + "".join(f"{value:9.2f}" for value in recalls.values()))
+    print(f"\n{images} images, {texts} texts" + "".join(f"{f'R@{k}':>9}" for k in recalls["text to image"]))
+    if skipped:
+        print(f"{skipped} unreadable image(s) were left out")
+    for way, found in recalls.items():
+        print(f"{way:<28}" + "".join(f"{value:9.2f}" for value in found.values()))
     for item in expectations:
         print(f"expected {item.name} {item.expected:.2f}, measured {item.measured:.2f}: {item.verdict}")
-
-
-def _open(recipe: RetrievalRecipe) -> tuple[Any, list[str]]:
-    """The test split and the caption of each of its images.
-
-    Raises:
-        RecipeError: the source has no captions, or some are missing (the images are named).
-    """
-    from probes.sections import RecipeError
-    from probes.splits import open_evaluation_split
-
-    split = open_evaluation_split(recipe.data).test
-    captions = [split.source.caption(index) for index in range(len(split))]
-    missing = [key for key, caption in zip(split.keys, captions, strict=True) if not caption]
-    if missing:
-        raise RecipeError(
-            f"{len(missing)} image(s) have no caption, the first {missing[0]}; expected a .txt, or `caption` in .json, "
-            "beside each image of a tar shard"
-        )
-    return split, [caption or "" for caption in captions]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

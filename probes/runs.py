@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from probes.launch import is_first_process
 from probes.recipe import dump_recipe, load_recipe
 from probes.sections import RecipeError, RunSection
 
@@ -40,19 +41,26 @@ class HasRun(Protocol):
 class RunFolder:
     """One run's folder: `recipe.yaml`, `environment.json`, `data.json`, `log.txt`, `checkpoints/`, `result.json`, …"""
 
-    def __init__(self, path: Path, resumed: bool = False) -> None:
+    def __init__(self, path: Path, resumed: bool = False, writes: bool = True) -> None:
         self.path = path
         self.resumed = resumed
+        self.writes = writes
+        """False in all but the first of a trainer's processes: nothing is written then."""
 
     @classmethod
     def create(cls, recipe: HasRun, recipe_path: str) -> RunFolder:
         """Make or reopen the run folder that a recipe asks for, and write recipe and environment into it.
+
+        In all but the first of a trainer's processes this neither looks at the folder's content nor changes it.
 
         Raises:
             RecipeError: the folder holds a run and `run.on_existing` is "error"; it holds something else; or the run
                 to resume is finished or had another recipe (the differing keys are named).
         """
         path = Path(recipe.run.dir) if recipe.run.dir else _fresh_path(recipe_path)
+        if not is_first_process():
+            started = recipe.run.on_existing == "resume" and (path / "checkpoints" / "last.ckpt").is_file()
+            return cls(path, resumed=started, writes=False)
         if path.exists() and not path.is_dir():
             raise RecipeError(f"run.dir {path} is a file; choose a folder")
         occupied = path.is_dir() and any(path.iterdir())
@@ -61,10 +69,7 @@ class RunFolder:
         if occupied and not is_run:
             raise RecipeError(f"run.dir {path} holds files that are no run; choose an empty or new folder")
         if occupied and recipe.run.on_existing == "error":
-            raise RecipeError(
-                f"run.dir {path} already holds a run; choose another run.dir, or run.on_existing=resume to continue "
-                "it, or run.on_existing=overwrite to delete it first"
-            )
+            raise RecipeError(f"run.dir {path} already holds {_describe_run(cls(path))}")
         if occupied and recipe.run.on_existing == "resume":
             _check_resumable(path, recipe)
             return cls(path, resumed=True)
@@ -78,6 +83,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file so that it is either whole or absent."""
+        if not self.writes:
+            return
         target = self.path / name
         temporary = target.with_name(f".{target.name}.partial")
         temporary.write_text(text, encoding="utf-8")
@@ -101,7 +108,7 @@ class RunFolder:
     def append_log(self, row: Mapping[str, float]) -> None:
         """Add one epoch to `log.txt`; an epoch that is there already (repeated after a resume) is kept as it was."""
         path = self.path / "log.txt"
-        if any(logged["epoch"] == row["epoch"] for logged in self.read_log()):
+        if not self.writes or any(logged["epoch"] == row["epoch"] for logged in self.read_log()):
             return
         cut_short = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         with path.open("a", encoding="utf-8") as stream:
@@ -150,6 +157,19 @@ def _fresh_path(recipe_path: str) -> Path:
     return path
 
 
+def _describe_run(run: RunFolder) -> str:
+    """How far the run in a folder came, and what may be done about it."""
+    overwrite = "run.on_existing=overwrite to delete it first"
+    if (run.path / "result.json").is_file():
+        return f"a finished run; choose another run.dir, or {overwrite}"
+    epochs = len(run.read_log())
+    state = f"stopped after {epochs} epoch(s)" if epochs else "never finished an epoch"
+    resume = (
+        "continue it" if (run.path / "checkpoints" / "last.ckpt").is_file() else "start it again from its beginning"
+    )
+    return f"a run that {state}; choose another run.dir, or run.on_existing=resume to {resume}, or {overwrite}"
+
+
 def _check_resumable(path: Path, recipe: Any) -> None:
     if (path / "result.json").is_file():
         raise RecipeError(f"the run in {path} is finished; there is nothing to resume")
@@ -164,4 +184,6 @@ def _check_resumable(path: Path, recipe: Any) -> None:
     if stored["run"]["seed"] != recipe.run.seed:
         differing.append("run.seed")
     if differing:
-        raise RecipeError(f"the run in {path} was started with other values of {', '.join(differing)}")
+        nothing_lost = not (path / "log.txt").exists() and not (path / "checkpoints").exists()
+        hint = "; it never finished an epoch, so run.on_existing=overwrite loses nothing" if nothing_lost else ""
+        raise RecipeError(f"the run in {path} was started with other values of {', '.join(differing)}{hint}")

@@ -13,6 +13,10 @@ class RecipeError(ValueError):
     """A mistake of the user's in a recipe, its overrides or its data; the message says what to do."""
 
 
+class DataAbsent(RecipeError):
+    """Images that a recipe names are not on this disk; everything else about it may be right."""
+
+
 def setting(default: Any = MISSING, *, choices: Sequence[Any] = (), low: Any = None, high: Any = None) -> Any:
     """A dataclass field with a default, allowed values or an inclusive range."""
     limits = {"choices": tuple(choices), "low": low, "high": high}
@@ -97,8 +101,16 @@ class FeaturesSection(Section):
 class DataSection(Section):
     """The images. Relative paths are read from the current folder."""
 
-    format: str = setting("folder", choices=("folder", "csv", "tar"))
-    """"folder": one sub-folder per class; "csv": columns path,label[,split]; "tar": WebDataset shards."""
+    format: str = setting("folder", choices=("folder", "csv", "tar", "clip_benchmark", "torchvision"))
+    """"folder": one sub-folder per class; "csv": columns path,label[,split]; "tar": WebDataset shards;
+    "clip_benchmark" and "torchvision": sets of those libraries. `train`, `val` and `test` are then a set's name there,
+    such as `cifar10` or `CIFAR10`, and may name another of its splits than their own: `ImageNet:val`."""
+    media: str = setting("image", choices=("image", "video"))
+    """"video": every file is a video, and its one centre frame is the image."""
+    root: str = "data"
+    """Folder of the libraries' sets: the files of a set lie in `root/<its name>`, so that no two sets share names."""
+    download: bool = False
+    """Let the library download a set that is not there."""
     train: str | None = None
     """Training images; a comma-separated list of paths is read as one."""
     val: str | None = None

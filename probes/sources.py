@@ -1,4 +1,6 @@
-"""Open images of any kind behind one contract: class folders, CSV files, WebDataset shards. No torch.
+"""Open images of any kind behind one contract: class folders, CSV files, WebDataset shards, libraries' sets.
+
+No torch, but for libraries' sets.
 
 A source lists its samples once and reads the bytes of one on demand. It holds no open file, so that it can be
 pickled or forked into loader workers.
@@ -12,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from probes.csv_source import CsvSource
+from probes.dataset_builders import LIBRARY_FORMATS, open_dataset
 from probes.folder_source import FolderSource
-from probes.sections import RecipeError
+from probes.sections import DataAbsent, RecipeError
 from probes.source_contract import EXPECTED, ImageSource, Samples, short_names
 from probes.tar_source import TarSource
 
@@ -22,7 +25,7 @@ class ConcatSource(Samples):
     """Several sources read as one; keys begin with the part's name."""
 
     def __init__(self, parts: Sequence[ImageSource]) -> None:
-        super().__init__([path for part in parts for path in part.paths])
+        super().__init__([path for part in parts for path in part.paths], parts[0].media)
         self.parts = list(parts)
         self._place: list[tuple[int, int]] = []  # part, index in it
         for number, (name, part) in enumerate(zip(short_names(self.paths), parts, strict=True)):
@@ -31,7 +34,7 @@ class ConcatSource(Samples):
             self._place += [(number, index) for index in range(len(part))]
 
     def read(self, index: int) -> bytes:
-        """The encoded image."""
+        """The encoded image or video."""
         part, inner = self._place[index]
         return self.parts[part].read(inner)
 
@@ -51,27 +54,40 @@ class ConcatSource(Samples):
         return self.parts[part].stamp(inner)
 
 
-def open_source(format: str, path: str, split: str) -> ImageSource:
+def open_source(
+    format: str, path: str, split: str, *, media: str = "image", root: str = "data", download: bool = False
+) -> ImageSource:
     """Open the images of one split.
 
     Args:
-        format: "folder", "csv" or "tar".
-        path: a path, or several separated by commas; `{000..012}` in shards' names is expanded.
-        split: "train", "val" or "test"; chooses the rows of a CSV that has a `split` column.
+        format: "folder", "csv", "tar", or a library ("clip_benchmark", "torchvision").
+        path: a path, or several separated by commas; `{000..012}` in shards' names is expanded. Of a library the name
+            of one set, `SET` or `SET:SPLIT`.
+        split: "train", "val" or "test"; chooses the rows of a CSV that has a `split` column, and the library's split.
+        media: "image" or "video".
+        root: folder of the libraries' sets.
+        download: let the library fetch an absent set.
 
     Raises:
-        RecipeError: nothing is there, or what is there is wrong.
+        DataAbsent: nothing is there.
+        RecipeError: what is there is wrong.
     """
     try:
+        if format in LIBRARY_FORMATS:
+            if media != "image":
+                raise RecipeError(f"data.media is {media} with format {format}; its sets are of images")
+            return open_dataset(format, path, split, root, download)
         paths = split_paths(path, format)
         for item in paths:
             _check_exists(item, format)
         if len(set(paths)) < len(paths):
             raise RecipeError(f"{path} names the same path twice")
         if format == "tar":
-            return TarSource(paths)
-        parts = [FolderSource(item) if format == "folder" else CsvSource(item, split) for item in paths]
+            return TarSource(paths, media)
+        parts = [FolderSource(item, media) if format == "folder" else CsvSource(item, split, media) for item in paths]
         return parts[0] if len(parts) == 1 else ConcatSource(parts)
+    except DataAbsent as error:
+        raise DataAbsent(f"data.{split}: {error}") from error
     except (RecipeError, OSError) as error:
         raise RecipeError(f"data.{split}: {error}") from error
 
@@ -113,4 +129,4 @@ def _check_exists(path: str, format: str) -> None:
     siblings = {entry.name.lower(): entry for entry in absent.parent.iterdir()} if absent.parent.is_dir() else {}
     near = difflib.get_close_matches(absent.name.lower(), siblings, n=3)
     hint = f"; did you mean {' or '.join(str(siblings[name]) for name in near)}?" if near else ""
-    raise RecipeError(f"nothing at {path}; expected {EXPECTED[format]}{hint}")
+    raise DataAbsent(f"nothing at {path}; expected {EXPECTED[format]}{hint}")

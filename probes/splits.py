@@ -71,10 +71,16 @@ class Evaluation:
     """A test split with classes of its own."""
 
     classes: list[str]
-    """Class names; target i is classes[i]."""
+    """Labels; target i is classes[i]."""
     test: Split
     notes: list[str]
     """Sentences that a reader of the result must know."""
+
+    @property
+    def multi_hot(self) -> NDArray[np.bool_]:
+        """[N, C] which classes each sample shows; one a sample where it has one label."""
+        shown = self.test.source.multi_hot
+        return np.eye(len(self.classes), dtype=np.bool_)[self.test.targets] if shown is None else shown
 
     @property
     def named(self) -> dict[str, Split]:
@@ -98,14 +104,17 @@ def prepare_splits(data: DataSection, seed: int) -> Splits:
     notes: list[str] = []
     if data.train is None:
         raise RecipeError("data.train is null; name the training images, such as data.train=path/to/train")
-    sources = {"train": open_source(data.format, data.train, "train")}
+    sources = {"train": _open(data, data.train, "train")}
     paths = _paths_by_split(data, data.train, notes)
-    sources |= {name: open_source(data.format, path, name) for name, path in paths.items() if name != "train"}
+    sources |= {name: _open(data, path, name) for name, path in paths.items() if name != "train"}
+    several = [f"data.{name}" for name, source in sources.items() if source.multi_hot is not None]
+    if several:
+        raise RecipeError(f"{', '.join(several)} has images of several classes; a classifier is trained on one each")
     classes = sort_classes(set(sources["train"].labels))
     if len(classes) < 2:
         raise RecipeError(f"data.train: {paths['train']} has one class ({classes[0]}); a classifier needs two")
     _check_unknown_classes(sources, classes)
-    _note_differences(data, sources, classes, paths, notes)
+    _note_differences(data, sources, classes, notes)
     whole = {name: _whole_split(name, source, classes) for name, source in sources.items()}
     train, selection = whole["train"], whole.get("val")
     if selection is None and data.holdout > 0:
@@ -114,15 +123,25 @@ def prepare_splits(data: DataSection, seed: int) -> Splits:
 
 
 def open_evaluation_split(data: DataSection) -> Evaluation:
-    """`data.test` alone, for evaluations without training; its own labels are the classes. Reads no image.
+    """`data.test` alone, for evaluations without training. Reads no image.
+
+    The classes are those of its own labels; all classes of a library's set, in its order, also those that do not
+    occur. Where an image shows several classes its target is the first of them, and `multi_hot` has them all.
 
     Raises:
-        RecipeError: `data.test` is null, missing or wrong.
+        DataAbsent: nothing is there.
+        RecipeError: `data.test` is null or wrong, or there are no classes.
     """
     if data.test is None:
         raise RecipeError("data.test is null; name the images to score, such as data.test=path/to/test")
-    source = open_source(data.format, data.test, "test")
-    classes = sort_classes(set(source.labels))
+    source = _open(data, data.test, "test")
+    if source.multi_hot is not None and source.classes is not None:
+        targets = source.multi_hot.argmax(axis=1).astype(np.int64)
+        split = Split("test", source, np.arange(len(source), dtype=np.int64), targets)
+        return Evaluation(source.classes, split, [])
+    classes = sort_classes(set(source.labels)) if source.classes is None else source.classes
+    if not classes:
+        raise RecipeError(f"data.test: {data.test} has no classes; expected labelled images")
     return Evaluation(classes, _whole_split("test", source, classes), [])
 
 
@@ -130,7 +149,8 @@ def describe(splits: Splits | Evaluation) -> dict[str, Any]:
     """What `data.json` of a run folder holds: classes, notes, and paths, counts, fingerprint per split."""
     described = {}
     for name, split in splits.named.items():
-        counts = np.bincount(split.targets, minlength=len(splits.classes))
+        shown = split.source.multi_hot
+        counts = np.bincount(split.targets, minlength=len(splits.classes)) if shown is None else shown.sum(axis=0)
         described[name] = {
             "paths": split.source.paths,
             "count": len(split),
@@ -168,6 +188,10 @@ def choose_holdout(targets: NDArray[np.int64], keys: list[str], share: float, se
         generator = np.random.default_rng([seed, HOLDOUT_STREAM, int(target)])
         held[generator.permutation(members)[:count]] = True
     return held
+
+
+def _open(data: DataSection, path: str, split: str) -> ImageSource:
+    return open_source(data.format, path, split, media=data.media, root=data.root, download=data.download)
 
 
 def _paths_by_split(data: DataSection, train: str, notes: list[str]) -> dict[str, str]:
@@ -208,7 +232,6 @@ def _note_differences(
     data: DataSection,
     sources: dict[str, ImageSource],
     classes: list[str],
-    paths: dict[str, str],
     notes: list[str],
 ) -> None:
     found = {"train_size": len(sources["train"]), "num_classes": len(classes)}
@@ -221,8 +244,9 @@ def _note_differences(
         if absent:
             notes.append(f"{name} has no sample of {len(absent)} class(es) of train: {some(absent)}")
     if data.format != "csv":  # a CSV's splits are told apart by rows
+        read = {name: source.paths for name, source in sources.items()}  # a library's set says which split it is
         for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-            if first in paths and paths[first] == paths.get(second):
+            if first in read and read[first] == read.get(second):
                 notes.append(f"{first} and {second} are the same images; the score on {second} is not independent")
 
 

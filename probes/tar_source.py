@@ -1,4 +1,4 @@
-"""Images in WebDataset tar shards. No torch."""
+"""Images or videos in WebDataset tar shards. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from probes.sections import RecipeError
-from probes.source_contract import EXPECTED, IMAGE_EXTENSIONS, Samples, is_image, short_names, some
+from probes.source_contract import EXPECTED, EXTENSIONS, Samples, is_media, short_names, some
 
 TAR_BLOCK = 512
 
@@ -30,20 +30,21 @@ UNPACKED_LIMIT = 2**33
 class TarSource(Samples):
     """WebDataset shards; a sample is the members that share the path up to the first dot of the base name.
 
-    The image's extension is one of `IMAGE_EXTENSIONS`; the label is `.cls` (text, or an integer), or `label`
+    The image's (or video's) extension is one of `EXTENSIONS`; the label is `.cls` (text, or an integer), or `label`
     of `.json`; the caption is `caption` of `.json`, or `.txt`. A member `classes.txt` (one name a line) names
     integer labels; without it an integer's digits are the class name. `.tar` is indexed once, read by offset;
     `.tar.gz` and `.tgz` are held in memory unpacked.
 
     Args:
         paths: the shards.
+        media: "image" or "video", the kind of members that are read.
 
     Raises:
         RecipeError: a shard is damaged or too large, a member climbs out, or a sample lacks image or label.
     """
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
-        super().__init__([str(path) for path in paths])
+    def __init__(self, paths: Sequence[str | Path], media: str = "image") -> None:
+        super().__init__([str(path) for path in paths], media)
         self.captions: list[str | None] = []
         self._places: list[tuple[int, int, int]] = []  # shard, offset, size
         self._names = short_names(self.paths)
@@ -54,7 +55,7 @@ class TarSource(Samples):
         for shard, name in enumerate(self._names):
             content = self._unpacked[shard]
             with io.BytesIO(content) if content is not None else Path(self.paths[shard]).open("rb") as stream:
-                members = _index_members(stream, self.paths[shard])
+                members = _index_members(stream, self.paths[shard], media)
                 listed = _class_names(stream, members)
                 if listed and class_names and listed != class_names:
                     problems.append(f"{name} has another classes.txt than an earlier shard")
@@ -72,7 +73,7 @@ class TarSource(Samples):
         self, stream: BinaryIO, shard: int, key: str, parts: dict[str, tuple[int, int]], problems: list[str]
     ) -> None:
         """Append one sample, or say what is wrong with it."""
-        images = [extension for extension in parts if extension.lower() in IMAGE_EXTENSIONS]
+        images = [extension for extension in parts if extension.lower() in EXTENSIONS[self.media]]
         texts = {
             extension.lower(): _read_at(stream, *place)
             for extension, place in parts.items()
@@ -86,7 +87,7 @@ class TarSource(Samples):
             problems.append(f"{key} has an unreadable label or caption ({error})")
             return
         if len(images) != 1:
-            problems.append(f"{key} has {len(images) or 'no'} image(s) among {', '.join(sorted(parts))}")
+            problems.append(f"{key} has {len(images) or 'no'} {self.media}(s) among {', '.join(sorted(parts))}")
         elif not label:
             problems.append(f"{key} has no label (.cls, or `label` in .json) among {', '.join(sorted(parts))}")
         else:
@@ -103,7 +104,7 @@ class TarSource(Samples):
                 problems.append(f"{self.keys[index]} has label {label}; classes.txt names {len(class_names)} classes")
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """The encoded image or video.
 
         Raises:
             RecipeError: the shard became shorter since it was indexed.
@@ -149,7 +150,7 @@ def _unpack(path: str) -> bytes:
     return content
 
 
-def _index_members(stream: BinaryIO, path: str) -> dict[str, tuple[int, int]]:
+def _index_members(stream: BinaryIO, path: str, media: str) -> dict[str, tuple[int, int]]:
     """Name -> (offset, size) of each file of an uncompressed tar; links stand for their targets."""
     members: dict[str, tuple[int, int]] = {}
     links = {}
@@ -174,7 +175,7 @@ def _index_members(stream: BinaryIO, path: str) -> dict[str, tuple[int, int]]:
     for name, target in links.items():
         if target in members:
             members[name] = members[target]
-        elif is_image(posixpath.basename(name)):
+        elif is_media(posixpath.basename(name), media):
             raise RecipeError(f"{path}: member {name} links to {target}, which is not in it; build it again")
     return members
 

@@ -15,84 +15,134 @@ from probes.zeroshot_sections import ZeroShotRecipe
 if TYPE_CHECKING:
     import torch
 
-    from probes.splits import Split
+    from eva_clip.models import EvaCLIP
+    from probes.prompts import Prompts
+    from probes.runs import RunFolder
+    from probes.splits import Evaluation, Split
 
 
 def plan(recipe: ZeroShotRecipe) -> dict[str, Any]:
     """What `--plan` prints: sizes and the class texts."""
-    from probes.splits import open_evaluation_split
-
-    splits = open_evaluation_split(recipe.data)
+    splits, prompts = _open(recipe)
     return {
         "model": recipe.model.name,
         "images": len(splits.test),
-        "classes": read_class_names(recipe, splits.classes),
-        "templates": recipe.prompts.templates,
+        "classes": prompts.names,
+        "templates": prompts.templates,
+        "prompts": prompts.source,
+        "scoring": recipe.scoring.kind,
         "batch": recipe.compute.batch,
     }
 
 
-def execute(recipe: ZeroShotRecipe, recipe_path: str) -> None:
-    """One run, from recipe to report."""
+def execute(recipe: ZeroShotRecipe, recipe_path: str, towers: EvaCLIP | None = None) -> None:
+    """One run, from recipe to report, on all processes that torchrun started; `towers` are built if None."""
+    from probes.processes import join_processes
+
+    splits, prompts = _open(recipe)
+    with join_processes():
+        _run(recipe, recipe_path, splits, prompts, towers)
+
+
+def _run(
+    recipe: ZeroShotRecipe, recipe_path: str, splits: Evaluation, prompts: Prompts, towers: EvaCLIP | None
+) -> None:
     start = time.monotonic()
     from probes.runs import RunFolder
-    from probes.splits import describe, open_evaluation_split
+    from probes.splits import describe
 
-    splits = open_evaluation_split(recipe.data)
-    names = read_class_names(recipe, splits.classes)
     run = RunFolder.create(recipe, recipe_path)
     run.write_json("data.json", describe(splits))
+    run.write_json("prompts.json", vars(prompts))
     print(f"run folder: {run.path}", flush=True)
 
     from probes.embedding import build_towers, embed_images, evaluation_loader
-    from probes.finish import finish_run
     from probes.heads import build_zero_shot_weights
 
-    model = build_towers(recipe.model, recipe.compute.precision)
-    weights = build_zero_shot_weights(model, names, recipe.prompts.templates).cpu()
+    model = towers or build_towers(recipe.model, recipe.compute.precision)
+    weights = build_zero_shot_weights(model, prompts.names, prompts.templates).cpu()
     batches = evaluation_loader(model, splits.test, recipe.data, recipe.compute.batch)
     images, index = embed_images(model, batches, "test")
-    logits = model.logit_scale.exp().float().cpu() * images @ weights.T  # [N, C]
-    skipped = len(splits.test) - len(index)
-    predictions, score = score_logits(logits.detach(), index, splits.test)
-    recall = mean_recall(predictions)
-    measured = {"top1": score.top1, "top5": score.top5, "mean_recall": recall}
+    logits = (model.logit_scale.exp().float().cpu() * images @ weights.T).detach()  # [N, C]
+    skipped, notes = len(splits.test) - len(index), list(splits.notes)
+    if skipped:
+        notes.append(f"{skipped} unreadable {splits.test.source.media}(s) were left out.")
+    facts = {
+        "encoder": recipe.model.name,
+        "prompts": _shorten(prompts.templates),
+        "texts from": prompts.source,
+        "duration": f"{time.monotonic() - start:.0f} s",
+    }
+    if recipe.scoring.kind == "multi_label":
+        from probes.multi_label import finish_multi_label
+
+        finish_multi_label(run, recipe, logits, splits, index, notes, facts)
+    else:
+        _finish_single_label(run, recipe, recipe_path, logits, splits, index, notes, facts)
+
+
+def _open(recipe: ZeroShotRecipe) -> tuple[Evaluation, Prompts]:
+    """The images and the texts of their classes.
+
+    Raises:
+        RecipeError: either is missing or wrong, or the images have several classes and `scoring.kind` is "single".
+    """
+    from probes.prompts import resolve_prompts
+    from probes.sections import RecipeError
+    from probes.splits import open_evaluation_split
+
+    splits = open_evaluation_split(recipe.data)
+    if recipe.scoring.kind == "single" and splits.test.source.multi_hot is not None:
+        raise RecipeError(f"data.test: {recipe.data.test} shows several classes an image; use scoring.kind=multi_label")
+    return splits, resolve_prompts(recipe.prompts, splits)
+
+
+def _finish_single_label(
+    run: RunFolder,
+    recipe: ZeroShotRecipe,
+    recipe_path: str,
+    logits: torch.Tensor,
+    splits: Evaluation,
+    index: torch.Tensor,
+    notes: list[str],
+    facts: dict[str, str],
+) -> None:
+    """Score, compare with the recipe's figures, report."""
+    from probes.finish import finish_run
+
+    predictions, score = score_logits(logits, index, splits.test)
+    measured = {
+        "top1": score.top1,
+        "top5": score.top5,
+        "mean_recall": mean_recall(predictions),
+        "mean_top1_top5": (score.top1 + score.top5) / 2,
+    }
     result = RunResult(
         title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
         method="probes.zeroshot",
         classes=splits.classes,
         split_sizes={"test": len(splits.test)},
         scores=[score],
+        measured=measured,
         expectations=recipe.expected.compare(recipe.model.name, measured),
-        notes=[f"{skipped} unreadable image(s) were left out."] if skipped else [],
+        notes=notes,
         facts={
-            "encoder": recipe.model.name,
-            "mean per-class recall": f"{recall:.2f} %",
-            "prompts": " | ".join(recipe.prompts.templates),
-            "duration": f"{time.monotonic() - start:.0f} s",
+            **facts,
+            "mean per-class recall": f"{measured['mean_recall']:.2f} %",
+            "mean of top-1 and top-5": f"{measured['mean_top1_top5']:.2f} %",
         },
     )
     finish_run(run, recipe, result, predictions, splits.test)
-    print(f"mean per-class recall {recall:.2f}")
+    print(
+        f"mean per-class recall {measured['mean_recall']:.2f}, mean of top-1 and top-5 {measured['mean_top1_top5']:.2f}"
+    )
 
 
-def read_class_names(recipe: ZeroShotRecipe, classes: Sequence[str]) -> list[str]:
-    """The text of each class, in the order of `classes`.
-
-    Raises:
-        RecipeError: the file of names is missing, or has another number of names.
-    """
-    from probes.sections import RecipeError
-
-    if recipe.prompts.class_names is None:
-        return [name.replace("-", " ").replace("_", " ") for name in classes]
-    path = Path(recipe.prompts.class_names)
-    if not path.is_file():
-        raise RecipeError(f"prompts.class_names: no file at {path}; expected one class name a line")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(names) != len(classes):
-        raise RecipeError(f"{path} has {len(names)} names and the data {len(classes)} classes; expected as many")
-    return names
+def _shorten(templates: Sequence[str], most: int = 4) -> str:
+    """All templates, or the first few and their number; `prompts.json` has them all."""
+    if len(templates) <= most:
+        return " | ".join(templates)
+    return " | ".join(templates[:most]) + f" | … ({len(templates)} in all)"
 
 
 def score_logits(logits: torch.Tensor, index: torch.Tensor, split: Split) -> tuple[Predictions, Score]:

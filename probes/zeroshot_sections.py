@@ -1,4 +1,4 @@
-"""Recipes of evaluations without training: zero-shot classification and retrieval. Imports no torch."""
+"""Recipe of zero-shot classification, and the sections that retrieval shares with it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ class PromptsSection(Section):
     templates: list[str] = setting(["{}"])
     """Prompts; `{}` is the class name. A class is the mean of its prompts' unit-length embeddings."""
     class_names: str | None = None
-    """Text file with one name a line, in the order of the sorted labels; null takes the labels, with `-` and `_` read
-    as spaces."""
+    """Text file with one name a line, in the order of the sorted labels; null takes the library's names, or else the
+    labels, with `-` and `_` read as spaces."""
+    library: str | None = None
+    """Published prompts and class names: "open_clip/imagenet", or "clip_benchmark/<set>", such as
+    "clip_benchmark/cifar10". `templates` and `class_names`, where they are given, take the place of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +39,15 @@ class ComputeSection(Section):
     """Images, or texts, of one forward pass."""
     precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
     """Precision of both towers; embeddings are compared in fp32."""
+
+
+@dataclass
+class ScoringSection(Section):
+    """What is measured."""
+
+    kind: str = setting("single", choices=("single", "multi_label"))
+    """"single": each image has one class; top-1, top-5, their mean, and mean per-class recall. "multi_label": any
+    number of classes; mean over the classes of average precision."""
 
 
 @dataclass
@@ -88,15 +100,6 @@ class ZeroShotExpected(FiguresSection):
 
 
 @dataclass
-class RetrievalExpected(FiguresSection):
-    """Recall of a retrieval."""
-
-    METRICS: ClassVar[tuple[str, ...]] = tuple(
-        f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
-    )
-
-
-@dataclass
 class ZeroShotRecipe:
     """`python -m probes.zeroshot`: `data.test` is scored against its class names."""
 
@@ -104,16 +107,6 @@ class ZeroShotRecipe:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     prompts: PromptsSection = field(default_factory=PromptsSection)
+    scoring: ScoringSection = field(default_factory=ScoringSection)
     compute: ComputeSection = field(default_factory=ComputeSection)
     expected: ZeroShotExpected = field(default_factory=ZeroShotExpected)
-
-
-@dataclass
-class RetrievalRecipe:
-    """`python -m probes.retrieval`: the images of `data.test` against their captions."""
-
-    run: RunSection = field(default_factory=RunSection)
-    model: ModelSection = field(default_factory=ModelSection)
-    data: DataSection = field(default_factory=DataSection)
-    compute: ComputeSection = field(default_factory=ComputeSection)
-    expected: RetrievalExpected = field(default_factory=RetrievalExpected)

@@ -243,7 +243,7 @@ def test_output_folder_with_a_run_in_it(fail, digits, tmp_path):
     for name in ("recipe.yaml", "environment.json", "result.json"):
         (run / name).write_text("precious")
     message = fail(f"data.train={digits.train}", leaves=True)
-    expect(message, "run.dir run already holds a run", "run.on_existing=resume", "run.on_existing=overwrite")
+    expect(message, "run.dir run already holds a finished run", "another run.dir", "run.on_existing=overwrite")
     assert {path.name: path.read_text() for path in run.iterdir()} == dict.fromkeys(
         ("recipe.yaml", "environment.json", "result.json"), "precious"
     )

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from eva_clip.encoder import FeatureDefinition, build_encoder
+from eva_clip.export import save_model
 from probes.linear import EpochLines
 from probes.recipe import load_recipe
 
@@ -55,14 +56,6 @@ def read_json(path: Path) -> dict:
 
 def read_log(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.txt").read_text(encoding="utf-8").splitlines()]
-
-
-def read_head(run: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Tensors as bytes, and metadata (whose order in the file is not fixed)."""
-    path = run / "head.safetensors"
-    with safe_open(path, framework="pt") as stored:
-        metadata = stored.metadata()
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}, metadata
 
 
 def published_columns() -> list[str]:
@@ -152,12 +145,12 @@ class TestFolderRun:
 
         run = finished[0] / "run"
         with safe_open(run / "head.safetensors", framework="pt") as stored:
-            metadata = stored.metadata()
-        tensors, classes = load_file(run / "head.safetensors"), json.loads(metadata["classes"])
-        definition = FeatureDefinition(**json.loads(metadata["features"]))
-        encoder, _ = build_encoder(metadata["model"], str(tiny_model.weights), definition=definition, precision="bf16")
-        assert metadata["encoder_sha256"] == encoder.weights_sha256()
-        view = build_eval_transform(int(metadata["image_size"]))
+            probe = json.loads(stored.metadata()["probe"])
+        tensors, classes = load_file(run / "head.safetensors"), probe["classes"]
+        definition = FeatureDefinition(**probe["features"])
+        encoder, _ = build_encoder(probe["model"], str(tiny_model.weights), definition=definition, precision="bf16")
+        assert probe["encoder_sha256"] == encoder.weights_sha256()
+        view = build_eval_transform(probe["image_size"])
         with (run / "predictions.csv").open(encoding="utf-8") as stream:
             predictions = list(csv.DictReader(stream))
         images = torch.stack([view(Image.open(png_digits.test / row["key"])) for row in predictions])
@@ -198,8 +191,8 @@ class TestFolderRun:
         data = [f"data.train={png_digits.train}", f"data.test={png_digits.test}"]
         outcome = run_cli([FOLDER_RECIPE, *tiny_model.overrides, *data, *SMALL], cwd)
         assert outcome.code == 2
-        assert outcome.err.startswith("error: run.dir run already holds a run")
-        assert "run.on_existing=resume" in outcome.err
+        assert outcome.err.startswith("error: run.dir run already holds a finished run")
+        assert "run.on_existing=overwrite" in outcome.err
         assert "Traceback" not in outcome.err
         assert contents(cwd) == before
 
@@ -221,7 +214,8 @@ def test_cached_features_are_used_by_a_second_run(run_cli, folder_argv, tmp_path
     for name in ("train", "holdout", "test"):
         assert f"features of {name}" in again.out
     assert again.out.count("from the cache") == 3
-    assert (tmp_path / "again" / "log.txt").read_bytes() == (tmp_path / "run" / "log.txt").read_bytes()
+    for name in ("log.txt", "head.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
 
 def test_online_mode_trains_on_fresh_views(run_cli, folder_argv, tmp_path):
@@ -267,8 +261,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(mode, run_cli, folder_argv, tmp_
     assert not (tmp_path / "resumed" / "result.json").exists()
     outcome = run_cli([*argv, "run.dir=resumed", "run.on_existing=resume"], tmp_path)
     assert outcome.code == 0, outcome.err
-    assert read_head(tmp_path / "resumed") == read_head(tmp_path / "run")
-    for name in ("log.txt", "predictions.csv"):
+    for name in ("log.txt", "predictions.csv", "head.safetensors"):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
     whole, resumed = (read_json(tmp_path / name / "result.json") for name in ("run", "resumed"))
     assert resumed["scores"] == whole["scores"]
@@ -360,6 +353,20 @@ def test_baselines_are_scored_on_the_same_samples(run_cli, folder_argv, tmp_path
     assert set(found) == {"same probe, random encoder", "raw pixels", "zero-shot"}
     assert all(top1 == pytest.approx(5 * round(top1 / 5), abs=1e-4) for top1 in found.values()), "of 20 samples"
     assert found["raw pixels"] > 70  # digits are easy for pixels; chance is 25
+
+
+def test_weights_without_a_text_tower_leave_the_zero_shot_baseline_out(run_cli, png_digits, tmp_path):
+    encoder, _ = build_encoder("nano", "pretrained")
+    weights = save_model(encoder, tmp_path / "vision.safetensors")
+    data = [f"data.train={png_digits.train}", f"data.test={png_digits.test}", f"model.weights={weights}"]
+    baselines = ["baselines.zero_shot=true", "baselines.raw_pixels=true", "schedule.epochs=2"]
+    outcome = run_cli([FOLDER_RECIPE, "model.name=nano", *data, *SMALL, *baselines], tmp_path)
+    assert outcome.code == 0, outcome.err
+    result = read_json(tmp_path / "run" / "result.json")
+    assert [item["name"] for item in result["baselines"]] == ["raw pixels"]
+    (note,) = [note for note in result["notes"] if "zero-shot" in note]
+    assert "vision.safetensors holds a vision encoder alone and no text tower" in note
+    assert note in outcome.out
 
 
 def test_corrupt_images_are_skipped_counted_and_named(run_cli, write_digits, tiny_model, tmp_path):

@@ -36,11 +36,27 @@ def test_an_empty_folder_may_be_used(tmp_path):
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
     before = contents(tmp_path)
-    with pytest.raises(RecipeError, match="already holds a run") as caught:
+    with pytest.raises(RecipeError, match="already holds a run that never finished an epoch") as caught:
         RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
-    for remedy in ("run.dir", "run.on_existing=resume", "run.on_existing=overwrite"):
+    for remedy in ("run.dir", "run.on_existing=resume to start it again", "run.on_existing=overwrite"):
         assert remedy in str(caught.value)
     assert contents(tmp_path) == before
+
+
+def test_the_refusal_says_how_far_the_run_came(tmp_path):
+    run = RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
+    run.append_log({"epoch": 0})
+    run.append_log({"epoch": 1})
+    with pytest.raises(RecipeError, match=r"stopped after 2 epoch\(s\).*to start it again"):
+        RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_text("")
+    with pytest.raises(RecipeError, match=r"stopped after 2 epoch\(s\).*run.on_existing=resume to continue it"):
+        RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
+    run.write_json("result.json", {})
+    with pytest.raises(RecipeError, match="already holds a finished run") as caught:
+        RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
+    assert "resume" not in str(caught.value)
 
 
 def test_overwrite_removes_the_old_run(tmp_path):
@@ -56,6 +72,17 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, on_existing):
     with pytest.raises(RecipeError, match="no run"):
         RunFolder.create(recipe_for(tmp_path, on_existing), "recipe.yaml")
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("left", [{}, {"data.json": "{}", "tensorboard/hparams.yaml": "{}"}])
+def test_a_run_that_failed_before_its_first_epoch_is_resumed_from_its_beginning(tmp_path, left):
+    RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
+    for name, text in left.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+    assert RunFolder.create(recipe_for(tmp_path, "resume"), "recipe.yaml").path == tmp_path
+    assert contents(tmp_path) == before
 
 
 def test_a_recipe_beside_pictures_is_no_run(tmp_path):
@@ -90,7 +117,10 @@ def test_resume_with_another_recipe_names_the_keys(tmp_path):
     other.run.seed = 7
     with pytest.raises(RecipeError) as caught:
         RunFolder.create(other, "recipe.yaml")
-    assert str(caught.value).endswith("other values of data.train, optimizer.lr, run.seed")
+    assert "other values of data.train, optimizer.lr, run.seed; it never finished an epoch" in str(caught.value)
+    RunFolder(tmp_path).append_log({"epoch": 0})
+    with pytest.raises(RecipeError, match=r"run\.seed$"):
+        RunFolder.create(other, "recipe.yaml")
 
 
 def test_resume_may_differ_in_expectations(tmp_path):
