@@ -32,7 +32,7 @@ class SharedRunningStatistics(Callback):
         for (norm, statistic), before in zip(_statistics(module), self._before, strict=True):
             keep = 1 - float(norm.momentum or 0)
             shared = before.clone()
-            for own in module.all_gather(statistic):  # type: ignore[union-attr]
+            for own in module.all_gather(statistic):
                 shared = keep * shared + (own - keep * before)  # own - keep·before: momentum x batch statistic
             statistic.copy_(shared)
         for norm in _batch_norms(module):
