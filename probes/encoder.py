@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eva_clip.encoder import FeatureDefinition, VisionEncoder, build_encoder
-from eva_clip.specs import add_model_config
+from eva_clip.specs import add_model_config, get_model_spec
 
 if TYPE_CHECKING:
     from eva_clip.checkpoints import LoadReport
+    from eva_clip.spec_types import ModelSpec
     from probes.sections import Recipe
 
 
@@ -30,3 +31,11 @@ def build_recipe_encoder(recipe: Recipe, weights: str = "") -> tuple[VisionEncod
         pos_embed=recipe.model.pos_embed,
         precision=recipe.trainer.precision,
     )
+
+
+def recipe_spec(recipe: Recipe) -> ModelSpec:
+    """The model of a recipe at its resolution; builds nothing."""
+    if recipe.model.config:
+        add_model_config(recipe.model.config)
+    spec = get_model_spec(recipe.model.name)
+    return spec.at_image_size(recipe.model.image_size) if recipe.model.image_size else spec

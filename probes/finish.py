@@ -50,9 +50,9 @@ def save_head(run: RunFolder, recipe: Recipe, fitted: Fitted, classes: list[str]
 
     probe = {
         "model": recipe.model.name,
-        "encoder_sha256": fitted.encoder_sha256,
+        "encoder_sha256": fitted.encoder.sha256,
         "features": {key: getattr(recipe.features, key) for key in ("pool", "projected", "l2norm")},
-        "image_size": fitted.encoder.spec.vision.image_size,
+        "image_size": fitted.encoder.image_size,
         "head": recipe.head.kind,
         "classes": classes,
     }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -18,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from eva_clip.transforms import LinearProbeTransform, build_eval_transform
 from probes.batch_norm import SharedRunningStatistics
 from probes.data import ImageDataModule
-from probes.encoder import build_recipe_encoder
-from probes.features import FeatureSet, feature_key, load_or_extract
+from probes.encoder import build_recipe_encoder, recipe_spec
+from probes.extraction import load_tables
 from probes.heads import build_head
 from probes.module import LinearProbe
 from probes.plan import steps_per_epoch
@@ -27,19 +26,17 @@ from probes.progress import is_terminal
 from probes.sampling import EpochSampler
 from probes.schedule import warmup_cosine
 from probes.sections import Recipe, RecipeError
+from probes.store_table import EncoderFacts, FeatureTable
 
 if TYPE_CHECKING:
-    from eva_clip.checkpoints import LoadReport
     from eva_clip.encoder import VisionEncoder
+    from eva_clip.spec_types import ModelSpec
     from probes.runs import RunFolder
-    from probes.splits import Split, Splits
-
-EXTRACTION_BATCH = 64
-"""Images of one forward pass when features are cached."""
+    from probes.splits import Splits
 
 
-class FeatureBatches(Sampler[list[int]]):
-    """Batches of row numbers in the order of an `EpochSampler`; Lightning sets the epoch.
+class FeatureBatches(Sampler[tuple[int, list[int]]]):
+    """Batches `(epoch, row numbers)` in the order of an `EpochSampler`; Lightning sets the epoch.
 
     Whole batches are dealt to the processes, so that the groups that BatchNorm sees do not depend on their number.
     """
@@ -54,28 +51,27 @@ class FeatureBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.sampler) // self.batch // self.world_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rows = [row for _, row in self.sampler]
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch, rows = self.sampler.epoch, [row for _, row in self.sampler]
         for start in range(self.rank * self.batch, len(rows), self.world_size * self.batch):
-            yield rows[start : start + self.batch]
+            yield epoch, rows[start : start + self.batch]
 
 
 class FeatureRows(Dataset[dict[str, torch.Tensor]]):
-    """Cached features with their targets; an item is a whole batch of rows."""
+    """Stored features with their targets; item `(epoch, rows)` is a whole batch, of that epoch's view."""
 
-    def __init__(self, stored: FeatureSet, split: Split) -> None:
-        self.features = stored.features.float()
-        self.index = stored.index
-        self.targets = torch.from_numpy(split.targets)[stored.index]
+    def __init__(self, table: FeatureTable) -> None:
+        self.table = table
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.table)
 
-    def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, item: tuple[int, list[int]]) -> dict[str, torch.Tensor]:
+        epoch, rows = item
         return {
-            "features": self.features[rows],
-            "target": self.targets[rows],
-            "index": self.index[rows],
+            "features": self.table.view(epoch % self.table.num_views)[rows].float(),
+            "target": self.table.targets[rows],
+            "index": self.table.index[rows],
         }
 
 
@@ -84,12 +80,10 @@ class Fitted:
     """A trained probe and what is needed to score it."""
 
     module: LinearProbe
-    encoder: VisionEncoder
+    encoder: EncoderFacts
     loaders: dict[str, Any]
     """Evaluation batches by split name, each sample once, in order."""
     data: ImageDataModule
-    load_report: LoadReport | None
-    encoder_sha256: str
 
 
 def fit_probe(
@@ -114,13 +108,17 @@ def fit_probe(
     """
     check_machine(recipe)
     pl.seed_everything(recipe.run.seed, verbose=False)
-    encoder, report = build_recipe_encoder(recipe, weights)
-    digest = encoder.weights_sha256()
-    data = build_data(recipe, splits, encoder)
+    encoder: VisionEncoder | None = None
     trainer = _build_trainer(recipe, run)
     if recipe.features.mode == "cached":
-        train, evaluation = _cached_loaders(recipe, splits, encoder, data, trainer)
+        tables = load_tables(recipe, splits, weights=weights, views=recipe.features.views)
+        facts, data = tables["train"].encoder, build_data(recipe, splits, recipe_spec(recipe))
+        train, evaluation = _cached_loaders(recipe, tables, trainer)
+        for name, table in tables.items():
+            data.skipped[name].update(table.skipped)
     else:
+        encoder, report = build_recipe_encoder(recipe, weights)
+        facts, data = EncoderFacts.of(encoder, report), build_data(recipe, splits, encoder.spec)
         train, evaluation = None, {name: data.loader(name) for name in data.evaluation_names}
     trainer_section, schedule = recipe.trainer, recipe.schedule
     if train is None:
@@ -129,13 +127,13 @@ def fit_probe(
         steps = len(train) // trainer_section.accumulate
     torch.manual_seed(recipe.run.seed)
     module = LinearProbe(
-        build_head(recipe.head.kind, encoder.feature_dim, len(splits.classes)),
+        build_head(recipe.head.kind, facts.feature_dim, len(splits.classes)),
         optimizer=recipe.optimizer,
         schedule=warmup_cosine(recipe.optimizer.lr, schedule.final_lr, schedule.epochs, steps, schedule.warmup_epochs),
         num_classes=len(splits.classes),
         evaluation_names=data.evaluation_names,
-        encoder=encoder if train is None else None,
-        encoder_sha256=digest,
+        encoder=encoder,
+        encoder_sha256=facts.sha256,
         on_row=on_row,
     )
     checkpoint = run.path / "checkpoints" / "last.ckpt" if run and run.resumed else None
@@ -149,12 +147,12 @@ def fit_probe(
         if trainer.interrupted:  # Lightning turns Ctrl-C into a silent exit
             raise KeyboardInterrupt from stop
         raise
-    return Fitted(module, encoder, evaluation, data, report, digest)
+    return Fitted(module, facts, evaluation, data)
 
 
-def build_data(recipe: Recipe, splits: Splits, encoder: VisionEncoder) -> ImageDataModule:
+def build_data(recipe: Recipe, splits: Splits, spec: ModelSpec) -> ImageDataModule:
     """The images of a recipe under the published training and evaluation views."""
-    spec, trainer = encoder.spec, recipe.trainer
+    trainer = recipe.trainer
     size, mean, std = spec.vision.image_size, spec.image_mean, spec.image_std
     steps = steps_per_epoch(len(splits.train), trainer.global_batch)
     return ImageDataModule(
@@ -169,27 +167,15 @@ def build_data(recipe: Recipe, splits: Splits, encoder: VisionEncoder) -> ImageD
 
 
 def _cached_loaders(
-    recipe: Recipe, splits: Splits, encoder: VisionEncoder, data: ImageDataModule, trainer: pl.Trainer
+    recipe: Recipe, tables: Mapping[str, FeatureTable], trainer: pl.Trainer
 ) -> tuple[Any, dict[str, Any]]:
-    """Batches of cached features: of train this process's share in the order of training, of the other splits all.
+    """Batches of stored features: of train this process's share in the order of training, of the other splits all.
 
     Every process scores all of them: the head is cheap on features, and means do not change when each sample counts
     as often.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = {}
-    for name, split in splits.named.items():
-        stored = load_or_extract(
-            encoder,
-            data.loader(name, EXTRACTION_BATCH),
-            key=feature_key(encoder, split.fingerprint()),
-            folder=Path(recipe.features.cache),
-            name=name,
-            device=device,
-        )
-        data.skipped[name].update(set(split.keys) - {split.keys[row] for row in stored.index.tolist()})
-        rows[name] = FeatureRows(stored, split)
-    train, section = rows.pop(splits.train.name), recipe.trainer
+    rows = {name: FeatureRows(table) for name, table in tables.items()}
+    train, section = rows.pop("train"), recipe.trainer
     used = steps_per_epoch(len(train), section.global_batch) * section.global_batch
     sampler = EpochSampler(len(train), used, recipe.run.seed)
     order = FeatureBatches(sampler, section.micro_batch, trainer.global_rank, trainer.world_size)
@@ -198,8 +184,8 @@ def _cached_loaders(
     }
 
 
-def _in_order(count: int, batch: int = 4096) -> list[list[int]]:
-    return [list(range(start, min(start + batch, count))) for start in range(0, count, batch)]
+def _in_order(count: int, batch: int = 4096) -> list[tuple[int, list[int]]]:
+    return [(0, list(range(start, min(start + batch, count)))) for start in range(0, count, batch)]
 
 
 def _build_trainer(recipe: Recipe, run: RunFolder | None) -> pl.Trainer:

@@ -96,7 +96,6 @@ def summarise(
         for name, keys in fitted.data.skipped.items()
         if keys
     ]
-    loaded = fitted.load_report.summary() if fitted.load_report else "none: randomly initialised"
     features = recipe.features
     return RunResult(
         title=f"{recipe_path.parent.name}/{recipe_path.stem}",
@@ -108,10 +107,10 @@ def summarise(
         notes=[*splits.notes, *skipped],
         facts={
             "encoder": recipe.model.name,
-            "weights": loaded,
-            "encoder sha256": fitted.encoder_sha256,
+            "weights": fitted.encoder.loaded,
+            "encoder sha256": fitted.encoder.sha256,
             "features": f"{features.pool}, {fitted.encoder.feature_dim}-d, {features.mode}",
-            "image size": f"{fitted.encoder.spec.vision.image_size} px",
+            "image size": f"{fitted.encoder.image_size} px",
             "trainable parameters": f"{fitted.module.history[-1]['n_parameters']:,}",
         },
     )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from eva_clip.feature_kinds import check_kinds, pool_kinds
+
 
 class RecipeError(ValueError):
     """A mistake of the user's in a recipe, its overrides or its data; the message says what to do."""
@@ -80,21 +82,39 @@ class ModelSection(Section):
 class FeaturesSection(Section):
     """What the head sees."""
 
-    pool: str = setting("cls", choices=("cls", "gap", "cls+gap"))
-    """Class token, mean of the patch tokens, or both; all after the final norm."""
+    pool: str = "cls"
+    """Class token ("cls"), mean of the patch tokens ("gap"), or both ("cls+gap"); class tokens of the last n blocks
+    ("cls_last4"), also with the mean ("cls_last4+gap"). All after the final norm."""
     projected: bool = False
     """Apply the projection into the image-text space (pool "cls" only)."""
     l2norm: bool = False
     """Scale features to unit length."""
     mode: str = setting("online", choices=("online", "cached"))
-    """"online" runs the encoder on a fresh augmented view at every step; "cached" once on the evaluation view."""
+    """"online" runs the encoder on a fresh augmented view at every step; "cached" once, on the evaluation view or on
+    `views` augmented ones."""
+    views: int = setting(0, low=0)
+    """Augmented copies of train in the store (mode "cached"): epoch e trains on copy e mod `views`. 0 trains on the
+    evaluation view."""
+    kinds: list[str] = setting([])
+    """Further features that the pass which extracts also stores: "cls", "gap", "projected", "cls_last<n>"."""
     cache: str = "logs/features"
-    """Folder of cached features, shared by all runs; entries are named by a hash of all that determines them."""
+    """Folder of cached features, shared by all runs; entries are named by a hash of all that determines them
+    (`python -m probes.features ls`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.projected and self.pool != "cls":
             raise RecipeError(f"projected is true with pool {self.pool!r}; only pool 'cls' has a projection")
+        problems = []
+        for key, check, value in (("pool", pool_kinds, self.pool), ("kinds", check_kinds, self.kinds)):
+            try:
+                check(value)  # type: ignore[operator]
+            except ValueError as error:
+                problems.append(f"{key} is {value!r}: {error}")
+        if self.views and self.mode != "cached":
+            problems.append(f"views is {self.views} with mode {self.mode!r}; only mode 'cached' stores views")
+        if problems:
+            raise RecipeError("\n".join(problems))
 
 
 @dataclass

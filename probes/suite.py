@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import traceback
@@ -80,8 +81,10 @@ def execute(recipe: SuiteRecipe, recipe_path: str) -> None:
     """All evaluations, from recipes to tables.
 
     Raises:
-        RecipeError: one or more failed; the tables are written all the same.
+        RecipeError: several processes were started, or one or more evaluations failed (the tables are written then).
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("the suite is one process; give each of several its own suite.models and run.dir")
     entries = load_entries(recipe)
     for model in recipe.suite.models:
         get_model_spec(model)  # a misspelt name is said before hours of work
