@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -43,14 +42,3 @@ def freeze(model: Classifier, section: TuneSection) -> None:
         from finetune.lora import inject_lora
 
         inject_lora(model, section)
-
-
-@torch.no_grad()
-def perturbation_effect(model: nn.Module, parameter: nn.Parameter, images: torch.Tensor) -> float:
-    """Largest change of the logits when every value of a parameter is raised by 0.1; the parameter is restored."""
-    before = model(images)
-    kept = parameter.detach().clone()
-    parameter.add_(0.1)
-    after = model(images)
-    parameter.copy_(kept)
-    return float((after - before).abs().max())

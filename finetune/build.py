@@ -54,14 +54,11 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
     if start == "checkpoint" and fresh:
         raise RecipeError(
             f"head.start is 'checkpoint' and {recipe.model.weights} has no head of {len(splits.classes)} classes; "
-            "use head.start=fresh (a new head), probe or zero_shot"
+            "use head.start=fresh for a new one"
         )
     if start == "fresh" and not fresh:
         model.head = build_class_head(recipe.head.kind, model.spec.vision.width, model.num_classes)
         notes.append("the file's head was not taken: head.start is 'fresh'")
     if recipe.trainer.checkpointing:
         model.tower.set_grad_checkpointing(True)
-    if recipe.trainer.compile:
-        for block in model.tower.blocks:
-            block.compile()
-    return model, notes
+    return model.train(), notes  # Lightning leaves a module in the mode that it comes in

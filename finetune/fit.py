@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytorch_lightning as pl
@@ -128,7 +128,7 @@ def build_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
         accelerator="auto",
         devices=section.devices,
         num_nodes=section.nodes,
-        strategy=build_strategy(section.strategy, processes),
+        strategy="ddp" if section.strategy == "auto" and processes > 1 else section.strategy,
         precision=PRECISIONS[section.precision],  # type: ignore[arg-type]
         accumulate_grad_batches=section.global_batch // (section.micro_batch * processes),
         use_distributed_sampler=False,
@@ -140,19 +140,6 @@ def build_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
         logger=TensorBoardLogger(run.path, name="", version="tensorboard"),
         log_every_n_steps=50,
     )
-
-
-def build_strategy(name: str, processes: int) -> Any:
-    """Lightning's strategy of a recipe."""
-    if name == "fsdp2":
-        from pytorch_lightning.strategies import ModelParallelStrategy
-
-        return ModelParallelStrategy(
-            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    if name == "auto":
-        return "ddp" if processes > 1 else "auto"
-    return name
 
 
 def save_selected(run: RunFolder, module: FinetuneModule, weights: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from probes.sections import DataSection, ModelSection, RecipeError, RunSection, ScheduleSection, Section, setting
+from probes.sections import DataSection, ModelSection, RunSection, ScheduleSection, Section, setting
 
 
 @dataclass
@@ -15,19 +15,9 @@ class HeadSection(Section):
     """"gap": mean of the patch tokens, then a fresh `fc_norm` (published); "cls": final-norm class token."""
     kind: str = setting("linear", choices=("linear", "bn_linear"))
     """"linear" (published), or "bn_linear": BatchNorm1d without affine in front."""
-    start: str = setting("fresh", choices=("fresh", "probe", "zero_shot", "checkpoint"))
-    """"fresh": normal, standard deviation 2e-5 (published); "probe": logistic regression on the frozen features, with
-    C chosen on the selection split (linear-probe-then-fine-tune); "zero_shot": class names through the text tower
-    (pool "cls"); "checkpoint": the weight file's own head, which must have the data's classes."""
-    prompt: str = "a photo of a {}."
-    """Text of a class for `start: zero_shot`; `{}` is its name, with `-` and `_` read as spaces."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.start == "zero_shot" and self.pool != "cls":
-            raise RecipeError(f"start is 'zero_shot' with pool {self.pool!r}; text weights need pool 'cls'")
-        if self.start in ("probe", "zero_shot") and self.kind != "linear":
-            raise RecipeError(f"start is {self.start!r} with kind {self.kind!r}; expected kind 'linear'")
+    start: str = setting("fresh", choices=("fresh", "checkpoint"))
+    """"fresh": normal, standard deviation 2e-5 (published); "checkpoint": the weight file's own head, which must have
+    the data's classes."""
 
 
 @dataclass
@@ -46,7 +36,7 @@ class TuneSection(Section):
     lora_alpha: float = setting(16.0, low=0.0)
     """Scale of "lora": the update is multiplied by alpha / rank."""
     lora_targets: list[str] = setting(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
-    """Ends of the names of the layers that "lora" adapts; a fused `qkv` is taken apart first."""
+    """Ends of the names of the layers that "lora" adapts."""
 
 
 @dataclass
@@ -89,8 +79,8 @@ class RegularisationSection(Section):
 class OptimizerSection(Section):
     """The optimizer."""
 
-    name: str = setting("adamw", choices=("adamw", "adamw8bit", "sgd"))
-    """AdamW (published), AdamW with 8-bit state (needs torchao), or SGD."""
+    name: str = setting("adamw", choices=("adamw", "sgd"))
+    """AdamW (published) or SGD."""
     lr: float = setting(3e-5, low=0.0)
     """Peak learning rate of the last layers, absolute: never rescaled by the batch."""
     weight_decay: float = setting(0.05, low=0.0)
@@ -129,12 +119,10 @@ class TrainerSection(Section):
     """Number of machines."""
     precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
     """Precision of the forward and backward pass; weights, optimizer, loss and norms are fp32."""
-    strategy: str = setting("auto", choices=("auto", "ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2"))
-    """"auto" is "ddp" with several devices; "fsdp2" shards weights, gradients and optimizer."""
+    strategy: str = setting("auto", choices=("auto", "ddp"))
+    """"auto" is "ddp" with several devices."""
     checkpointing: bool | None = None
     """Recompute activations in the backward pass; null lets the planner decide."""
-    compile: bool = False
-    """Compile the tower's blocks with `torch.compile`."""
     non_finite: str = setting("stop", choices=("stop", "skip"))
     """On a loss or gradient that is not finite, stop, or skip the step; the batch's images are listed either way."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.schedule import epoch_means, warmup_cosine
-from probes.sections import DataSection, Recipe, RecipeError
+from probes.sections import DataSection, ModelSection, Recipe, RecipeError
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,16 @@ def plan_linear(recipe: Recipe) -> dict[str, Any]:
         "total_parameters": trainable + sum(p.numel() for p in encoder.parameters()),
         "feature_dim": encoder.feature_dim,
         "image_size": encoder.spec.vision.image_size,
-        "pos_embed": describe_pos_embed(recipe),
+        "pos_embed": describe_pos_embed(recipe.model),
         "train_size": size.train,
         "num_classes": size.classes,
     }
 
 
-def describe_pos_embed(recipe: Recipe) -> dict[str, Any]:
+def describe_pos_embed(model: ModelSection) -> dict[str, Any]:
     """Side of the position grid in the model's own configuration and at the recipe's resolution, in patches."""
     from eva_clip.specs import get_model_spec
 
-    spec = get_model_spec(recipe.model.name)
-    target = spec.at_image_size(recipe.model.image_size or spec.vision.image_size)
-    return {"from": spec.vision.grid_size, "to": target.vision.grid_size, "mode": recipe.model.pos_embed}
+    spec = get_model_spec(model.name)
+    target = spec.at_image_size(model.image_size or spec.vision.image_size)
+    return {"from": spec.vision.grid_size, "to": target.vision.grid_size, "mode": model.pos_embed}

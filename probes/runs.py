@@ -59,7 +59,7 @@ class RunFolder:
         """
         path = Path(recipe.run.dir) if recipe.run.dir else _fresh_path(recipe_path)
         if not is_first_process():
-            started = recipe.run.on_existing == "resume" and (path / "checkpoints" / "last.ckpt").is_file()
+            started = recipe.run.on_existing == "resume" and any(path.glob("checkpoints/*.ckpt"))
             return cls(path, resumed=started, writes=False)
         if path.exists() and not path.is_dir():
             raise RecipeError(f"run.dir {path} is a file; choose a folder")

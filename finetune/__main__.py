@@ -1,0 +1,124 @@
+"""`python -m finetune RECIPE`: train the encoder and a classifier. Heavy imports wait until work begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.sections import FinetuneRecipe
+from probes.cli import run_command
+from probes.results import RunResult
+
+if TYPE_CHECKING:
+    from finetune.fit import Fitted
+    from probes.splits import Split, Splits
+
+
+def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What `--plan` prints."""
+    from finetune.plan import plan_finetune
+
+    return plan_finetune(recipe)
+
+
+def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
+    """One run, from recipe to report and a model that timm opens."""
+    start = time.monotonic()
+    from finetune.plan import check_recipe
+    from probes.finish import finish_run, reported_split
+    from probes.linear import EpochLines
+    from probes.runs import RunFolder
+    from probes.splits import describe, prepare_splits
+
+    check_recipe(recipe)
+    splits = prepare_splits(recipe.data, recipe.run.seed)
+    reported = reported_split(splits)
+    check_recipe(recipe, len(splits.train))
+    run = RunFolder.create(recipe, recipe_path)
+    run.write_json("data.json", describe(splits))
+    print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
+
+    from finetune.finish import export, load_reported, predict
+    from finetune.fit import fit_classifier
+
+    planned = settle_batch(recipe, len(splits.classes))
+    fitted = fit_classifier(planned, splits, run, on_row=EpochLines(run, recipe.schedule.epochs))
+    weights = load_reported(run, fitted)
+    predictions = predict(fitted.module.model, fitted.data.loader(reported.name), reported)
+    result = summarise(recipe, recipe_path, splits, fitted, reported, len(predictions.keys))
+    if recipe.tune.what == "lora":
+        from finetune.lora import merge_lora
+
+        merge_lora(fitted.module.model)
+    export(run, fitted.module.model)
+    result.facts["weights of model.safetensors"] = weights
+    result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
+    finish_run(run, recipe, result, predictions, reported)
+
+
+def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> FinetuneRecipe:
+    """The recipe with micro-batch and checkpointing as the planner chooses them for this device."""
+    import torch
+
+    from finetune.build import build_untrained
+    from finetune.plan import choose_micro_batch
+
+    with torch.device("meta"):
+        model = build_untrained(recipe, num_classes, None)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    size, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
+    trainer = dataclasses.replace(recipe.trainer, micro_batch=size, checkpointing=checkpointing)
+    return dataclasses.replace(recipe, trainer=trainer)
+
+
+def summarise(
+    recipe: FinetuneRecipe, recipe_path: str, splits: Splits, fitted: Fitted, reported: Split, samples: int
+) -> RunResult:
+    """Scores, expectations, notes and facts of a finished fit."""
+    from finetune.finish import collect_scores, compare_expected
+
+    module = fitted.module
+    scores = collect_scores(module, samples, reported.name)
+    skipped = [
+        f"{len(keys)} unreadable image(s) of {name} were left out, the first {min(keys)}."
+        for name, keys in fitted.data.skipped.items()
+        if keys
+    ]
+    trainable = sum(parameter.numel() for parameter in module.model.parameters() if parameter.requires_grad)
+    return RunResult(
+        title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
+        method="finetune",
+        classes=splits.classes,
+        split_sizes={name: len(split) for name, split in splits.named.items()},
+        scores=scores,
+        expectations=compare_expected(recipe.expected, scores),
+        notes=[*splits.notes, *skipped],
+        facts={
+            "encoder": recipe.model.name,
+            "loaded": "; ".join(fitted.notes),
+            "trained": f"{recipe.tune.what}, {trainable:,} parameters",
+            "image size": f"{module.model.spec.vision.image_size} px",
+            "average": "none" if module.ema is None else f"decay {module.ema.decay}, {module.ema.updates} updates",
+        },
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(
+        "python -m finetune",
+        "Train the encoder and a classifier; the run ends with a report and a model that timm opens.",
+        schema=FinetuneRecipe,
+        plan=plan,
+        execute=execute,
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

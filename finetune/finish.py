@@ -1,0 +1,110 @@
+"""The end of a fine-tune: which weights are reported, their predictions, and the files that timm opens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from eva_clip.export import save_for_timm
+from finetune.fit import Fitted, load_selected, weights_of
+from finetune.sections import ExpectedSection
+from probes.results import Expectation, Predictions, Score
+from probes.scoring import collect_predictions
+
+if TYPE_CHECKING:
+    from eva_clip.classifier import Classifier
+    from finetune.module import FinetuneModule
+    from probes.runs import RunFolder
+    from probes.splits import Split
+
+
+def collect_scores(module: FinetuneModule, samples: int, split: str) -> list[Score]:
+    """Scores on `split`, the reported one first: the selected weights', or without a selection split the last ones'.
+
+    Of the last epoch the averaged weights are reported where there are any. The best epochs on the scored split are
+    given too, as oracles.
+    """
+    history = module.history
+    prefixes = ["ema_", ""] if module.ema is not None else [""]
+
+    def score(name: str, chosen_by: str, row: dict[str, float], prefix: str) -> Score:
+        top1, top5, loss = (row[f"{prefix}{split}_{key}"] for key in ("acc1", "acc5", "loss"))
+        return Score(name, split, chosen_by, int(row["epoch"]), top1, top5, loss, samples)
+
+    scores = []
+    if module.selected is not None:
+        row = next(row for row in history if row["epoch"] == module.selected["epoch"])
+        prefix = "ema_" if module.selected["weights"] == "ema" else ""
+        scores.append(score("selected", str(module.selection_name), row, prefix))
+    for prefix in prefixes:
+        kind = prefix.removesuffix("_") or "raw"
+        best = max(history, key=lambda row, prefix=prefix: row[f"{prefix}{split}_acc1"])  # type: ignore[misc]
+        scores.append(score(f"last_{kind}", "schedule", history[-1], prefix))
+        scores.append(score(f"best_{kind}", split, best, prefix))
+    return scores
+
+
+def compare_expected(expected: ExpectedSection, scores: list[Score]) -> list[Expectation]:
+    """Every figure that a recipe expects, beside the score of that name."""
+    measured = {f"{score.name}_top1": score.top1 for score in scores}
+    return [
+        Expectation(name, value, measured.get(name), expected.tolerance)
+        for name, value in vars(expected).items()
+        if name.endswith("_top1") and value is not None
+    ]
+
+
+def load_reported(run: RunFolder, fitted: Fitted) -> str:
+    """Put the reported weights into the model and write all kinds; returns what the reported ones are.
+
+    `last_raw.safetensors` and, with an average, `last_ema.safetensors` hold the last epoch's tensors.
+    """
+    module = fitted.module
+    kinds = ["raw", "ema"] if module.ema is not None else ["raw"]
+    states = {kind: weights_of(module, kind) for kind in kinds}
+    for kind, state in states.items():
+        if run.writes:
+            save_file(state, run.path / f"last_{kind}.safetensors", {"weights": kind, "epoch": "last"})
+    if module.selected is not None:
+        load_selected(run, module)
+        return f"{module.selected['weights']} of epoch {module.selected['epoch']}"
+    module.model.load_state_dict(states[kinds[-1]])
+    return f"{kinds[-1]} of the last epoch"
+
+
+@torch.no_grad()
+def predict(model: Classifier, batches: Any, split: Split) -> Predictions:
+    """Predictions on every readable image of a split, each once, in fp32."""
+    device = next(model.parameters()).device
+    model.eval()
+    rows, targets, index = [], [], []
+    for batch in batches:
+        if len(batch["target"]):
+            rows.append(model(batch["image"].to(device)).float().softmax(dim=1).cpu())
+            targets.append(batch["target"])
+            index.append(batch["index"])
+    return collect_predictions(torch.cat(rows), torch.cat(targets), torch.cat(index), split)
+
+
+@torch.no_grad()
+def fold_batch_norm(model: Classifier) -> Classifier:
+    """Put a head's BatchNorm (without affine, running statistics) into its linear layer, in place."""
+    if isinstance(model.head, torch.nn.Sequential):
+        norm, linear = model.head[0], model.head[1]
+        assert isinstance(norm, torch.nn.BatchNorm1d)
+        assert isinstance(linear, torch.nn.Linear)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        linear.bias.sub_(linear.weight @ (norm.running_mean * scale))
+        linear.weight.mul_(scale)
+        model.head = linear
+    return model
+
+
+def export(run: RunFolder, model: Classifier) -> None:
+    """`model.safetensors` and `config.json`: `timm.create_model("local-dir:RUN", pretrained=True)` opens the folder."""
+    if run.writes:
+        save_for_timm(fold_batch_norm(model), run.path)

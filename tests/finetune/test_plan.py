@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from finetune.plan import check_recipe, plan_finetune, predict_memory
+from finetune.sections import FinetuneRecipe
+from probes.recipe import load_recipe
+from probes.sections import RecipeError
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def recipe(name: str, *overrides: str) -> FinetuneRecipe:
+    return load_recipe(REPO / "recipes" / f"{name}.yaml", overrides, FinetuneRecipe)
+
+
+@pytest.mark.parametrize(("pixels", "parameters"), [(224, 1_012_555_112), (336, 1_013_005_672)])
+def test_published_recipes_plan_what_the_logs_show(pixels, parameters):
+    plan = plan_finetune(recipe(f"imagenet1k/finetune_{pixels}"))
+    with (REPO / "logs" / "reference" / f"finetune_{pixels}.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert plan["steps_per_epoch"] == 2502
+    assert plan["lr_by_epoch"] == pytest.approx([float(row["train_lr"]) for row in rows], rel=1e-9)
+    assert plan["min_lr_by_epoch"] == pytest.approx([float(row["train_min_lr"]) for row in rows], rel=1e-9)
+    assert plan["total_parameters"] == parameters
+    assert len(plan["param_groups"]) == 83
+    assert plan["micro_batch"] * plan["accumulate"] * plan["devices"] == plan["global_batch"] == 512
+    published = recipe(f"imagenet1k/finetune_{pixels}").expected
+    assert published.best_raw_top1 == pytest.approx(max(float(row["test_acc1"]) for row in rows), abs=5e-4)
+    assert published.last_ema_top1 == pytest.approx(float(rows[-1]["ema_test_acc1"]), abs=5e-4)
+    assert published.best_ema_top1 == pytest.approx(max(float(row["ema_test_acc1"]) for row in rows), abs=5e-4)
+
+
+def test_with_the_patch_embedding_there_is_one_group_more():
+    assert len(plan_finetune(recipe("imagenet1k/finetune_224", "tune.patch_embed=true"))["param_groups"]) == 84
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_recomputation():
+    from eva_clip.specs import get_model_spec
+
+    spec, total = get_model_spec("EVA01-CLIP-g-14"), 1_012_555_112
+
+    def peak(batch: int, checkpointing: bool, trainable: int = total) -> float:
+        return predict_memory(spec, total, trainable, batch, checkpointing=checkpointing, ema=True, half=True).total
+
+    assert peak(8, False) < peak(16, False)
+    assert peak(16, True) < peak(16, False)
+    assert peak(8, True) > 20 * total / 2**30  # weights, average, gradients and two moments in fp32
+    assert peak(8, True, trainable=10**6) < peak(8, True) - 14
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(RecipeError, match=r"global_batch 512 is not a multiple .* 48"):
+        check_recipe(recipe("imagenet1k/finetune_224", "trainer.micro_batch=48", "model.weights=random"))
