@@ -125,7 +125,6 @@ class StackedAdamW(StackedOptimizer):
     square_weight: torch.Tensor
     square_bias: torch.Tensor
     gradient: torch.Tensor
-    steps: torch.Tensor
 
     def __init__(self, shape: tuple[int, int, int], decays: Sequence[float], momentum: float) -> None:
         super().__init__(shape, decays, momentum)
@@ -133,8 +132,15 @@ class StackedAdamW(StackedOptimizer):
             self.register_buffer(f"{name}_weight", torch.zeros(shape))
             self.register_buffer(f"{name}_bias", torch.zeros(shape[:2]))
         self.register_buffer("gradient", torch.zeros(shape), persistent=False)
-        # On the CPU wherever the heads are, so that reading it waits for no device.
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps = 0  # a plain number: reading it waits for no device
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The count of steps, which the bias correction needs."""
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Continue the count."""
+        self.steps = state["steps"]
 
     def step(
         self,
@@ -161,14 +167,13 @@ class StackedAdamW(StackedOptimizer):
         rates: torch.Tensor,
     ) -> None:
         """Adam's step; `gradient` is overwritten."""
-        steps = int(self.steps)
         mean.lerp_(gradient, 1 - self.momentum)
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         denominator = torch.sqrt(square, out=gradient)
-        denominator.div_((1 - self.beta2**steps) ** 0.5).add_(self.eps)
+        denominator.div_((1 - self.beta2**self.steps) ** 0.5).add_(self.eps)
         update = torch.div(mean, denominator, out=denominator)
-        parameter.addcmul_(update, rates, value=-1 / (1 - self.momentum**steps))
+        parameter.addcmul_(update, rates, value=-1 / (1 - self.momentum**self.steps))
 
 
-STACKED = {"sgd": StackedSGD, "lars": StackedLars, "adamw": StackedAdamW}
+STACKED: dict[str, type[StackedOptimizer]] = {"sgd": StackedSGD, "lars": StackedLars, "adamw": StackedAdamW}
 """By the names that a recipe uses."""

@@ -123,7 +123,7 @@ class TableReader:
         found = open_entry(self.cache, key)
         if found is None:
             nearest = describe_nearest(self.cache, key, split.name)
-            if nearest:
+            if nearest and self.source.model.weights != "random":  # those differ by intention
                 print(f"features of {split.name}: not stored yet; {nearest}", flush=True)
             model = self.source.model
             about = {"split": split.name, "model": model.name, "weights": model.weights, "paths": split.source.paths}

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from probes.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from probes.launch import first_process_prints
@@ -43,7 +44,7 @@ class ComputeExtraction:
 def extract(arguments: argparse.Namespace) -> int:
     """Store all features that a recipe uses; several processes, of torchrun or not, share the work."""
     has_compute = "compute" in recipe_sections(arguments.recipe, arguments.overrides)
-    schema = ComputeExtraction if has_compute else TrainerExtraction
+    schema: type[Any] = ComputeExtraction if has_compute else TrainerExtraction
     recipe = load_recipe(arguments.recipe, arguments.overrides, schema, other_sections=True)
     with first_process_prints():
         from probes.splits import open_evaluation_split, prepare_splits

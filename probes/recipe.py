@@ -23,13 +23,20 @@ __all__ = ["Recipe", "RecipeError", "dump_recipe", "load_recipe"]
 R = TypeVar("R")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), schema: type[R] = Recipe) -> R:  # type: ignore[assignment]
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    schema: type[R] = Recipe,  # type: ignore[assignment]
+    *,
+    other_sections: bool = False,
+) -> R:
     """Read a recipe file, apply `key=value` overrides, and check all of it.
 
     Args:
         path: YAML file; OmegaConf interpolations are resolved.
         overrides: dotted assignments such as `optimizer.lr=0.5`; values are YAML.
         schema: dataclass whose fields are sections.
+        other_sections: leave sections that the schema has not unread instead of refusing them.
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, or anything in it is wrong; every mistake is one line.
@@ -39,7 +46,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), schema: type[R]
     sections: dict[str, Any] = {}
     hints = typing.get_type_hints(schema)
     for name in content:
-        if name not in hints:
+        if name not in hints and not other_sections:
             problems.append(f"unknown section {name!r}{_did_you_mean(str(name), schema)}")
     for name, section in hints.items():
         value = content.get(name)
@@ -54,6 +61,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), schema: type[R]
     if problems:
         raise RecipeError("\n".join([f"{path} has {len(problems)} mistake(s):", *(f"  - {p}" for p in problems)]))
     return schema(**sections)
+
+
+def recipe_sections(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Names of the sections that a recipe file and its overrides have. Raises RecipeError as `load_recipe` does."""
+    return [str(name) for name in _read_yaml(Path(path), overrides)]
 
 
 def dump_recipe(recipe: Any) -> str:

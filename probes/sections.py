@@ -106,11 +106,14 @@ class FeaturesSection(Section):
         if self.projected and self.pool != "cls":
             raise RecipeError(f"projected is true with pool {self.pool!r}; only pool 'cls' has a projection")
         problems = []
-        for key, check, value in (("pool", pool_kinds, self.pool), ("kinds", check_kinds, self.kinds)):
-            try:
-                check(value)  # type: ignore[operator]
-            except ValueError as error:
-                problems.append(f"{key} is {value!r}: {error}")
+        try:
+            pool_kinds(self.pool)
+        except ValueError as error:
+            problems.append(f"pool: {error}")
+        try:
+            check_kinds(self.kinds)
+        except ValueError as error:
+            problems.append(f"kinds: {error}")
         if self.views and self.mode != "cached":
             problems.append(f"views is {self.views} with mode {self.mode!r}; only mode 'cached' stores views")
         if problems:

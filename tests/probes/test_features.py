@@ -1,161 +1,125 @@
-"""Cached features: the same as extracted ones, under a name that everything in them changes."""
+"""`python -m probes.features`: extract, ls, verify and gc on a real store."""
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
-from eva_clip.encoder import FeatureDefinition, VisionEncoder, build_encoder
-from probes.features import FeatureSet, feature_key, load_or_extract
-from probes.sections import DataSection
-from probes.splits import prepare_splits
+from probes.features import main
+from probes.store import read_entry
+from probes.store_care import COLUMNS
+from probes.store_claims import Claims
 
-ROWS = 7
-
-
-class CountingBatches:
-    """Seven noise images in batches of four; says how often it was read."""
-
-    def __init__(self) -> None:
-        images = torch.randn(ROWS, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        rows = [{"image": image, "index": torch.tensor(2 * i)} for i, image in enumerate(images)]
-        self.images, self.loader, self.passes = images, DataLoader(rows, batch_size=4), 0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self):
-        self.passes += 1
-        return iter(self.loader)
+REPO = Path(__file__).resolve().parents[2]
+RECIPE = REPO / "recipes" / "custom" / "linear_folder.yaml"
 
 
 @pytest.fixture
-def encode(tiny_model):
-    def build(**options) -> VisionEncoder:
-        return build_encoder(tiny_model.name, **{"weights": str(tiny_model.weights), **options})[0]
-
-    return build
-
-
-def extract(encoder: VisionEncoder, batches: CountingBatches, folder: Path, samples: str = "samples") -> FeatureSet:
-    key = feature_key(encoder, samples)
-    return load_or_extract(encoder, batches, key=key, folder=folder, name="train", device=torch.device("cpu"))
+def argv(png_digits, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = [f"data.train={png_digits.train}", f"data.test={png_digits.test}", "data.workers=0"]
+    small = ["trainer.global_batch=20", "trainer.micro_batch=10", "features.cache=store"]
+    return ["extract", str(RECIPE), *tiny_model.overrides, *data, *small]
 
 
-def test_a_hit_equals_the_extraction_and_runs_nothing(encode, tmp_path, capsys):
-    encoder, batches = encode(definition=FeatureDefinition("gap")), CountingBatches()
-    first = extract(encoder, batches, tmp_path)
-    second = extract(encoder, batches, tmp_path)
-    assert batches.passes == 1
-    assert torch.equal(first.features, second.features)
-    assert torch.equal(first.index, second.index)
-    assert second.index.tolist() == [0, 2, 4, 6, 8, 10, 12]
-    torch.testing.assert_close(first.features, encoder(batches.images))
-    assert f"{ROWS} from the cache" in capsys.readouterr().out
+def shards() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(Path("store").rglob("*.safetensors"))}
 
 
-def test_features_keep_the_encoders_dtype(encode, tmp_path):
-    encoder = encode(precision="bf16")
-    assert extract(encoder, CountingBatches(), tmp_path).features.dtype == torch.bfloat16
-    assert extract(encoder, CountingBatches(), tmp_path).features.dtype == torch.bfloat16
+def test_extract_list_damage_repair(argv, capsys):
+    assert main(argv) == 0
+    assert "train: 40 x 32" in capsys.readouterr().out
+    whole = shards()
+    assert len(whole) == 3, "train, hold-out, test"
+
+    assert main(["ls", "store"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == list(COLUMNS)
+    assert [line.split()[1] for line in lines[1:]] == ["train", "holdout", "test"]
+    assert all(line.endswith("complete") and " cls " in line for line in lines[1:])
+    assert main(["verify", "store"]) == 0
+    assert "3 shard(s) of 3 entries: 0 damaged" in capsys.readouterr().out
+
+    path = next(iter(whole))
+    content = bytearray(whole[path])
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert main(["verify", "store"]) == 1
+    said = capsys.readouterr()
+    assert "3 shard(s) of 3 entries: 1 damaged" in said.out
+    assert f"{path} is damaged" in said.err
+    assert "gc store --damaged --apply" in said.err
+
+    assert main(["gc", "store", "--damaged"]) == 0
+    assert f"would delete {path} (damaged)" in capsys.readouterr().out
+    assert path.exists(), "a dry run"
+    assert main(["gc", "store", "--damaged", "--apply"]) == 0
+    assert not path.exists()
+    assert main(["ls", "store"]) == 0
+    assert "cls lacks 1 of 1 shards" in capsys.readouterr().out
+    assert main(argv) == 0
+    assert shards() == whole, "extracted again, bit by bit the same"
 
 
-def test_only_whole_files_stay_in_the_cache(encode, tmp_path):
-    extract(encode(), CountingBatches(), tmp_path)
-    (file,) = tmp_path.iterdir()
-    assert file.suffix == ".safetensors"
-    assert len(file.stem) == 64
+def test_gc_takes_what_killed_processes_left_and_spares_what_runs(argv, capsys):
+    assert main(argv) == 0
+    entry = read_entry(next(Path("store").glob("*/key.json")).parent)
+    leftover = entry.folder / "cls" / ".00000.123-ab.partial"
+    leftover.write_bytes(b"half a shard")
+    capsys.readouterr()
+    child, (read_end, write_end), (wait_end, done_end) = None, os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # another process that extracts this shard
+        with Claims(entry.folder) as claims:
+            claims.take(0)
+            os.write(write_end, b".")
+            os.read(wait_end, 1)
+        os._exit(0)
+    os.read(read_end, 1)
+    assert main(["gc", "store", "--apply"]) == 0
+    assert leftover.exists()
+    os.write(done_end, b".")
+    os.waitpid(child, 0)
+    before = shards()
+    assert main(["gc", "store", "--apply"]) == 0
+    assert not leftover.exists()
+    assert shards() == before
 
 
-@pytest.mark.parametrize(
-    ("field", "options"),
-    [
-        ("definition", {"definition": FeatureDefinition("gap")}),
-        ("definition", {"definition": FeatureDefinition("cls", l2norm=True)}),
-        ("image_size", {"image_size": 64}),
-        ("precision", {"precision": "bf16"}),
-    ],
-    ids=["pool", "l2norm", "image_size", "precision"],
-)
-def test_every_option_changes_the_key(encode, field, options):
-    plain, other = feature_key(encode(), "samples"), feature_key(encode(**options), "samples")
-    assert plain[field] != other[field]
+def test_gc_by_age(argv, capsys):
+    assert main(argv) == 0
+    old, *_ = sorted(path.parent for path in Path("store").glob("*/key.json"))
+    past = time.time() - 40 * 86400
+    for path in [old, *old.rglob("*")]:
+        os.utime(path, (past, past))
+    assert main(["gc", "store", "--older-than", "30", "--apply"]) == 0
+    assert "nothing written for 40 days" in capsys.readouterr().out
+    assert not old.exists()
+    assert len(shards()) == 2
 
 
-def test_projection_changes_the_key(encode):
-    plain = feature_key(encode(), "s")
-    projected = feature_key(encode(definition=FeatureDefinition("cls", projected=True)), "s")
-    assert plain["definition"] != projected["definition"]
+def test_mistakes_are_one_line(capsys, tmp_path, argv):
+    assert main(["ls", str(tmp_path / "absent")]) == 2
+    assert "no feature store at" in capsys.readouterr().err
+    assert main([*argv, "features.poool=gap"]) == 2
+    assert "unknown key features.poool; did you mean features.pool?" in capsys.readouterr().err
+    (tmp_path / "store" / "entry").mkdir(parents=True)
+    (tmp_path / "store" / "entry" / "key.json").write_text("{}")
+    assert main(["verify", "store"]) == 1
+    assert "key.json is damaged" in capsys.readouterr().err
 
 
-def test_resizing_mode_changes_the_key(encode):
-    eva, timm = (feature_key(encode(image_size=64, pos_embed=mode), "s") for mode in ("eva", "timm"))
-    assert eva != timm
-
-
-def test_one_changed_weight_changes_the_key(encode, tiny_model, tmp_path):
-    tensors = load_file(tiny_model.weights)
-    tensors["visual.blocks.1.mlp.fc2.weight"][0, 0] += 1e-3
-    save_file(tensors, tmp_path / "other.safetensors")
-    assert feature_key(encode(), "s") == feature_key(encode(), "s")
-    assert feature_key(encode(), "s") != feature_key(encode(weights=str(tmp_path / "other.safetensors")), "s")
-
-
-def test_normalisation_is_in_the_key(encode):
-    key = feature_key(encode(), "s")
-    np.testing.assert_allclose(key["mean"], [0.48145466, 0.4578275, 0.40821073])
-    np.testing.assert_allclose(key["std"], [0.26862954, 0.26130258, 0.27577711])
-    assert "crop" in key["transform"]
-
-
-def test_the_file_list_changes_the_key(encode, write_digits, tmp_path):
-    digits, encoder = write_digits(tmp_path, 2), encode()
-
-    def key() -> dict:
-        return feature_key(encoder, prepare_splits(DataSection(train=str(digits.train)), 0).train.fingerprint())
-
-    whole = key()
-    assert key() == whole
-    removed = digits.train / "one" / "03.png"
-    content = removed.read_bytes()
-    removed.unlink()
-    assert key() != whole
-    removed.with_name("renamed.png").write_bytes(content)
-    assert key() != whole
-
-
-def test_another_key_is_another_extraction(encode, tmp_path):
-    batches = CountingBatches()
-    extract(encode(), batches, tmp_path, "one list")
-    extract(encode(), batches, tmp_path, "another list")
-    assert batches.passes == 2
-
-
-def test_a_file_under_the_name_of_another_key_is_not_believed(encode, tmp_path):
-    batches, encoder = CountingBatches(), encode()
-    extract(encoder, batches, tmp_path)
-    (file,) = tmp_path.iterdir()
-    save_file({"features": torch.zeros(1, 1), "index": torch.zeros(1)}, file, metadata={"key": "{}"})
-    assert len(extract(encoder, batches, tmp_path)) == ROWS
-
-
-def test_features_that_are_not_finite_are_refused_and_not_cached(encode, tmp_path):
-    batches, encoder = CountingBatches(), encode()
-    batches.images[5] = torch.nan
-    with pytest.raises(ValueError, match=r"1 features of train .* the first at sample 10; .*fp32"):
-        extract(encoder, batches, tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
-def test_nothing_readable_is_an_error(encode, tmp_path):
-    class Nothing(CountingBatches):
-        def __iter__(self):
-            yield {"image": torch.empty(0, 3, 0, 0), "index": torch.empty(0, dtype=torch.int64)}
-
-    with pytest.raises(ValueError, match="no image of train could be read"):
-        extract(encode(), Nothing(), tmp_path)
+def test_looking_after_a_store_needs_no_torch(argv, run_process, tmp_path):
+    assert main(argv) == 0
+    code = (
+        "import sys\nfrom probes.features import main\n"
+        "for argv in (['ls', 'store'], ['verify', 'store'], ['gc', 'store', '--damaged', '--older-than', '1']):\n"
+        "    assert main(argv) == 0\n"
+        "print([heavy for heavy in ('torch', 'numpy', 'safetensors') if heavy in sys.modules])"
+    )
+    outcome = run_process(["-c", code], tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert "torch" not in outcome.out.splitlines()[-1]

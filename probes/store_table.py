@@ -1,0 +1,191 @@
+"""Features of one split as tensors: mapped from the store's shards, verified when they are first read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from probes.store import StoreEntry
+from probes.store_shard import DamagedShard, Shard, map_shard, read_features, read_shard, verify_shard
+from probes.store_verified import VerifiedShards
+
+if TYPE_CHECKING:
+    from eva_clip.checkpoints import LoadReport
+    from eva_clip.encoder import VisionEncoder
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What a result says of the encoder that made the features."""
+
+    sha256: str
+    """`VisionEncoder.weights_sha256()`."""
+    loaded: str
+    """What was loaded, in words."""
+    feature_dim: int
+    """D."""
+    image_size: int
+    """Input side in pixels."""
+
+    @classmethod
+    def of(cls, encoder: VisionEncoder, report: LoadReport | None) -> EncoderFacts:
+        """The facts of an encoder in memory."""
+        loaded = report.summary() if report else "none: randomly initialised"
+        return cls(encoder.weights_sha256(), loaded, encoder.feature_dim, encoder.spec.vision.image_size)
+
+
+class FeatureTable:
+    """Features [N, D] of the readable images of one split, in the split's order.
+
+    Opening reads headers and positions only. The first access to features compares the checksum of every shard that was
+    not compared since it last changed; the tensor of one shard is the mapped file itself, that of several is memory.
+
+    Args:
+        name: of the split.
+        entry: where the features are; all shards of `views` are there.
+        views: the arrays to concatenate along D, for each view.
+        split_keys: names of all samples of the split.
+        split_targets: int64 [samples], their classes.
+        encoder: what made the features.
+        l2norm: scale rows to unit length.
+
+    Raises:
+        DamagedShard: a shard's header or positions make no sense.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entry: StoreEntry,
+        views: Sequence[Sequence[str]],
+        *,
+        split_keys: Sequence[str],
+        split_targets: torch.Tensor,
+        encoder: EncoderFacts,
+        l2norm: bool = False,
+    ) -> None:
+        self.name = name
+        self.encoder = encoder
+        self.l2norm = l2norm
+        self._entry = entry
+        self._views = [[self._open(array) for array in arrays] for arrays in views]
+        first = self._views[0][0]
+        self.index = torch.cat([_checked_index(shard) for shard in first])
+        """int64 [N]: position of each row in its split; unreadable images are absent."""
+        self._check_same_rows(first)
+        self.targets = split_targets[self.index]
+        """int64 [N]."""
+        self.keys = [split_keys[position] for position in self.index.tolist()]
+        """Names of the N samples."""
+        readable = set(self.index.tolist()) if len(self.index) < len(split_keys) else None
+        self.skipped = [] if readable is None else [key for i, key in enumerate(split_keys) if i not in readable]
+        """Names of the unreadable images."""
+        self._read: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def num_views(self) -> int:
+        """Views there are: 1 unless augmented copies were asked for."""
+        return len(self._views)
+
+    @property
+    def features(self) -> torch.Tensor:
+        """[N, D] in the dtype that the encoder computed in: the only or the first view.
+
+        Raises:
+            DamagedShard: the stored bytes have changed.
+        """
+        return self.view(0)
+
+    def view(self, number: int) -> torch.Tensor:
+        """[N, D]: one view; see `features`."""
+        if number not in self._read:
+            joined = join_shards(self._views[number], VerifiedShards(self._entry))
+            self._read[number] = F.normalize(joined, dim=-1) if self.l2norm else joined
+        return self._read[number]
+
+    def _open(self, array: str) -> list[Shard]:
+        """Headers of an array's shards."""
+        shards = [read_shard(self._entry.path(array, number)) for number in range(self._entry.num_shards)]
+        for number, shard in enumerate(shards):
+            if (shard.start, shard.stop) != self._entry.span(number):
+                raise DamagedShard(
+                    shard.path, f"it covers {shard.start}..{shard.stop}, expected {self._entry.span(number)}"
+                )
+        return shards
+
+    def _check_same_rows(self, first: list[Shard]) -> None:
+        """Arrays made at different times can differ in what was readable then; such rows do not belong together."""
+        for arrays in self._views:
+            for shards in arrays:
+                for one, other in zip(first, shards, strict=True):
+                    if one.rows != other.rows or (
+                        one.rows < one.stop - one.start and not torch.equal(map_shard(one)[1], map_shard(other)[1])
+                    ):
+                        raise ValueError(
+                            f"{one.path} and {other.path} hold rows of different images: some could be read when one "
+                            f"was made and not when the other was; delete the folder {self._entry.folder}"
+                        )
+
+
+def join_shards(arrays: Sequence[Sequence[Shard]], verified: VerifiedShards) -> torch.Tensor:
+    """[N, D]: arrays side by side, their shards below each other, read by all processor cores.
+
+    Shards that have changed since their checksums were last compared, or whose never were, are compared.
+
+    Raises:
+        DamagedShard: a checksum differs.
+    """
+    unverified = [shard for shards in arrays for shard in shards if shard.path not in verified]
+    stamps = verified.stamp(shard.path for shard in unverified)
+    if len(arrays) == 1 and len(arrays[0]) == 1:
+        for shard in unverified:
+            verify_shard(shard)
+        joined = map_shard(arrays[0][0])[0]
+    else:
+        joined = _read_side_by_side(arrays, {shard.path for shard in unverified})
+    if stamps:
+        verified.remember(stamps)
+    return joined
+
+
+def _read_side_by_side(arrays: Sequence[Sequence[Shard]], unverified: set[Path]) -> torch.Tensor:
+    dtype = map_shard(arrays[0][0])[0].dtype
+    rows, widths = [shard.rows for shard in arrays[0]], [shards[0].width for shards in arrays]
+    joined = torch.empty(sum(rows), sum(widths), dtype=dtype)
+    parts = [
+        (shard, part)
+        for shards, columns in zip(arrays, joined.split(widths, dim=1), strict=True)
+        for shard, part in zip(shards, columns.split(rows, dim=0), strict=True)
+    ]
+
+    def read(item: tuple[Shard, torch.Tensor]) -> None:
+        shard, part = item
+        own = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+        if shard.rows:
+            target = own.view(torch.uint8).flatten().numpy().data
+            read_features(shard, target, check=shard.path in unverified)
+        if own is not part:
+            part.copy_(own)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(read, parts):
+            pass
+    return joined
+
+
+def _checked_index(shard: Shard) -> torch.Tensor:
+    index = map_shard(shard)[1].clone()
+    ascending = bool((index[1:] > index[:-1]).all())
+    if len(index) and not (ascending and index[0] >= shard.start and index[-1] < shard.stop):
+        raise DamagedShard(shard.path, "its positions are not ascending within its range")
+    return index
