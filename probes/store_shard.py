@@ -79,7 +79,8 @@ def write_shard(path: Path, features: torch.Tensor, index: torch.Tensor, start: 
 
     dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[features.dtype]
     parts = [part.contiguous().flatten().view(torch.uint8).numpy() for part in (index, features)]
-    content = _layout(*features.shape, dtype)
+    rows, width = features.shape
+    content = _layout(rows, width, dtype)
     digest = _start_digest(content, start, stop)
     for part in parts:
         digest.update(part)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -113,6 +114,19 @@ class FeatureTable:
             self._read[number] = F.normalize(joined, dim=-1) if self.l2norm else joined
         return self._read[number]
 
+    def blocks(self, number: int = 0) -> Iterator[torch.Tensor]:
+        """The rows of a view shard by shard, [n, D] each, in order; of one kind they are the mapped files.
+
+        Raises:
+            DamagedShard: the stored bytes have changed.
+        """
+        verified = VerifiedShards(self._entry)
+        for shards in zip(*self._views[number], strict=True):
+            verify_changed(shards, verified)
+            parts = [map_shard(shard)[0] for shard in shards]
+            block = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            yield F.normalize(block, dim=-1) if self.l2norm else block
+
     def _open(self, array: str) -> list[Shard]:
         """Headers of an array's shards."""
         shards = [read_shard(self._entry.path(array, number)) for number in range(self._entry.num_shards)]
@@ -145,28 +159,40 @@ def join_shards(arrays: Sequence[Sequence[Shard]], verified: VerifiedShards) -> 
     Raises:
         DamagedShard: a checksum differs.
     """
-    unverified = [shard for shards in arrays for shard in shards if shard.path not in verified]
-    stamps = verified.stamp(shard.path for shard in unverified)
     if len(arrays) == 1 and len(arrays[0]) == 1:
-        for shard in unverified:
-            verify_shard(shard)
-        joined = map_shard(arrays[0][0])[0]
-    else:
-        joined = _read_side_by_side(arrays, {shard.path for shard in unverified})
+        verify_changed(arrays[0], verified)
+        return map_shard(arrays[0][0])[0]
+    unverified = {shard.path for shards in arrays for shard in shards if shard.path not in verified}
+    stamps = verified.stamp(unverified)
+    joined = _read_side_by_side(arrays, unverified)
     if stamps:
         verified.remember(stamps)
     return joined
 
 
+def verify_changed(shards: Sequence[Shard], verified: VerifiedShards) -> None:
+    """Compare the checksums that were not compared since the shards last changed. Raises DamagedShard."""
+    unverified = [shard for shard in shards if shard.path not in verified]
+    stamps = verified.stamp(shard.path for shard in unverified)
+    for shard in unverified:
+        verify_shard(shard)
+    if stamps:
+        verified.remember(stamps)
+
+
 def _read_side_by_side(arrays: Sequence[Sequence[Shard]], unverified: set[Path]) -> torch.Tensor:
     dtype = map_shard(arrays[0][0])[0].dtype
     rows, widths = [shard.rows for shard in arrays[0]], [shards[0].width for shards in arrays]
-    joined = torch.empty(sum(rows), sum(widths), dtype=dtype)
-    parts = [
-        (shard, part)
-        for shards, columns in zip(arrays, joined.split(widths, dim=1), strict=True)
-        for shard, part in zip(shards, columns.split(rows, dim=0), strict=True)
-    ]
+    # NumPy asks for large pages: fresh memory is then filled in a third of the time (measured on Linux).
+    memory = torch.from_numpy(np.empty(sum(rows) * sum(widths) * dtype.itemsize, dtype=np.uint8))
+    joined = memory.view(dtype).view(sum(rows), sum(widths))
+    parts, left = [], 0
+    for shards, width in zip(arrays, widths, strict=True):
+        top = 0
+        for shard in shards:
+            parts.append((shard, joined[top : top + shard.rows, left : left + width]))
+            top += shard.rows
+        left += width
 
     def read(item: tuple[Shard, torch.Tensor]) -> None:
         shard, part = item
