@@ -136,6 +136,18 @@ def fit_probe(
         encoder_sha256=facts.sha256,
         on_row=on_row,
     )
+    _run_training(trainer, module, train, evaluation, data, run)
+    return Fitted(module, facts, evaluation, data)
+
+
+def _run_training(
+    trainer: pl.Trainer,
+    module: LinearProbe,
+    train: DataLoader[Any] | None,
+    evaluation: Mapping[str, Any],
+    data: ImageDataModule,
+    run: RunFolder | None,
+) -> None:
     checkpoint = run.path / "checkpoints" / "last.ckpt" if run and run.resumed else None
     resume = str(checkpoint) if checkpoint and checkpoint.is_file() else None
     try:
@@ -147,7 +159,6 @@ def fit_probe(
         if trainer.interrupted:  # Lightning turns Ctrl-C into a silent exit
             raise KeyboardInterrupt from stop
         raise
-    return Fitted(module, facts, evaluation, data)
 
 
 def build_data(recipe: Recipe, splits: Splits, spec: ModelSpec) -> ImageDataModule:

@@ -40,7 +40,6 @@ class ClaimedBatches:
         self, entry: StoreEntry, arrays: list[str], order: list[int], claims: Claims, view: int | None
     ) -> None:
         self.entry, self.arrays, self.order, self.claims, self.view = entry, arrays, order, claims, view
-        self.claimed = 0
 
     def __len__(self) -> int:
         spans = (self.entry.span(number) for number in self.order)
@@ -53,7 +52,6 @@ class ClaimedBatches:
             if all(self.entry.path(array, number).is_file() for array in self.arrays):  # finished by another meanwhile
                 self.claims.release(number)
                 continue
-            self.claimed += 1
             start, stop = self.entry.span(number)
             for first in range(start, stop, BATCH):
                 positions = range(first, min(first + BATCH, stop))
@@ -94,7 +92,15 @@ def fill_entry(
     told = False
     with Claims(entry.folder) as claims:
         while missing := entry.missing(wanted):
-            batches = ClaimedBatches(entry, list(wanted), _own_first(missing), claims, view)
+            order = _own_first(missing)
+            if not any(claims.take(number) for number in order):
+                if not told:
+                    count = len(missing)
+                    print(f"features of {name}: other processes are at the last {count} shard(s); waiting for them")
+                    told = True
+                time.sleep(POLL_S)
+                continue
+            batches = ClaimedBatches(entry, list(wanted), order, claims, view)
             loader = SplitLoader(
                 dataset,
                 batch_sampler=batches,
@@ -106,13 +112,6 @@ def fill_entry(
             shards = OpenShards(entry, wanted, encoder, claims, dataset.split.keys)
             for batch in track(loader, f"features of {name}", len(batches)):
                 shards.add(batch)
-            if batches.claimed == 0:
-                if not told:
-                    print(
-                        f"features of {name}: other processes are at the last {len(missing)} shard(s); waiting for them"
-                    )
-                    told = True
-                time.sleep(POLL_S)
 
 
 class OpenShards:
