@@ -33,7 +33,6 @@ from probes.store_verified import VERIFIED_FILE
 ROWS, WIDTH = 20_000, 1408
 FACTS = EncoderFacts("", "", WIDTH, 224)
 KEYS = [f"{row:05d}.jpg" for row in range(ROWS)]
-TARGETS = torch.zeros(ROWS, dtype=torch.int64)
 
 
 def store_noise(cache: Path, key: Key) -> StoreEntry:
@@ -51,7 +50,7 @@ def open_table(cache: Path, key: Key) -> FeatureTable:
     entry = open_entry(cache, key)
     assert entry is not None
     assert not entry.missing(["cls"])
-    return FeatureTable("train", entry, [["cls"]], split_keys=KEYS, split_targets=TARGETS, encoder=FACTS)
+    return FeatureTable("train", entry, [["cls"]], source_keys=KEYS, encoder=FACTS)
 
 
 def join_files(entry: StoreEntry, path: Path) -> None:

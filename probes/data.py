@@ -86,7 +86,7 @@ class SplitDataset(Dataset[Sample | Unreadable]):
         if epoch is None:
             view = self.transform(image)
         else:
-            view = self.transform(image, seeded_generator(self.seed, epoch, index))
+            view = self.transform(image, seeded_generator(self.seed, epoch, position))
         return Sample(view, int(self.split.targets[index]), index)
 
 

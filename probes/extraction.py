@@ -1,5 +1,6 @@
 """Feature tables of a recipe: read from the store, and extracted first as far as they are not there.
 
+A source is extracted whole, and splits are rows of it: no other hold-out, seed or choice of shots extracts again.
 `load_tables` is what every method on frozen features calls. Any number of processes may call it at once, of one
 launcher or of several: they share out the missing shards among them, and a killed one costs the shard it was at.
 """
@@ -11,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from eva_clip.encoder import FeatureDefinition, VisionEncoder
@@ -20,13 +22,15 @@ from probes.data import SplitDataset
 from probes.encoder_identity import EncoderSource
 from probes.sections import RecipeError
 from probes.source_contract import some
+from probes.splits import Split
 from probes.store import SHARD_ROWS, StoreEntry, create_entry, open_entry
 from probes.store_fill import fill_entry
 from probes.store_key import describe_nearest, feature_key, sample_list
 from probes.store_table import EncoderFacts, FeatureTable
 
 if TYPE_CHECKING:
-    from probes.splits import Evaluation, Split, Splits
+    from probes.source_contract import ImageSource
+    from probes.splits import Evaluation, Splits
 
 
 def load_tables(
@@ -55,18 +59,19 @@ def load_tables(
         ValueError: features are not finite, an entry is damaged or of another key, or the encoder has no such features.
         OSError: the disk is full.
     """
-    reader = TableReader(recipe, encoder, weights)
-    return {
-        name: reader.table(split, views if name == "train" else 0, shard_rows) for name, split in splits.named.items()
-    }
+    reader = TableReader(recipe, encoder, weights, shard_rows)
+    return {name: reader.table(split, views if name == "train" else 0) for name, split in splits.named.items()}
 
 
 class TableReader:
     """Tables of one encoder. See `load_tables`."""
 
-    def __init__(self, recipe: Any, encoder: VisionEncoder | None = None, weights: str = "") -> None:
+    def __init__(
+        self, recipe: Any, encoder: VisionEncoder | None = None, weights: str = "", shard_rows: int = SHARD_ROWS
+    ) -> None:
         features = recipe.features
-        self.recipe = recipe
+        self.recipe, self.shard_rows = recipe, shard_rows
+        self._whole: dict[tuple[int, int], tuple[ImageSource, FeatureTable]] = {}
         self.cache = Path(features.cache)
         self.definition = FeatureDefinition(features.pool, features.projected, features.l2norm)
         self.kinds = list(dict.fromkeys([*self.definition.kinds, *features.kinds]))
@@ -84,9 +89,21 @@ class TableReader:
         for kind in self.kinds:
             kind_width(kind, self.source.spec)  # refuses more blocks than there are
 
-    def table(self, split: Split, views: int = 0, shard_rows: int = SHARD_ROWS) -> FeatureTable:
-        """The features of one split."""
-        entry = self._entry(split, views, shard_rows)
+    def table(self, split: Split, views: int = 0) -> FeatureTable:
+        """The features of one split: rows of its source's."""
+        name = (id(split.source), views)
+        if name not in self._whole:
+            self._whole[name] = split.source, self._whole_table(split, views)  # the source is kept for its id
+        table = self._whole[name][1].take(split)
+        if len(table) == 0:
+            raise RecipeError(f"no image of {split.name} could be read")
+        return table
+
+    def _whole_table(self, split: Split, views: int) -> FeatureTable:
+        """The features of all of a split's source, extracted as far as they are missing."""
+        count = len(split.source)
+        whole = Split(split.name, split.source, np.arange(count, dtype=np.int64), np.zeros(count, dtype=np.int64))
+        entry = self._entry(whole, views)
         extracted = 0
         numbers: list[int | None] = list(range(views)) if views else [None]
         for view in numbers:
@@ -94,13 +111,12 @@ class TableReader:
             missing = entry.missing(wanted)
             extracted += len(missing)
             if missing:
-                self._extract(entry, wanted, split, view)
+                self._extract(entry, wanted, whole, view)
         table = FeatureTable(
             split.name,
             entry,
             [[self._array(kind, view) for kind in self.definition.kinds] for view in numbers],
-            split_keys=split.keys,
-            split_targets=torch.from_numpy(split.targets),
+            source_keys=split.source.keys,
             encoder=self.facts,
             l2norm=self.definition.l2norm,
         )
@@ -116,7 +132,7 @@ class TableReader:
         width = self.definition.feature_dim(spec)
         return EncoderFacts(source.sha256, source.loaded, width, spec.vision.image_size)
 
-    def _entry(self, split: Split, views: int, shard_rows: int) -> StoreEntry:
+    def _entry(self, split: Split, views: int) -> StoreEntry:
         seed = self.recipe.run.seed if views else None
         source, samples = self.source, sample_list(split)
         key = feature_key(source.body_sha256, source.spec, source.precision, samples, view_seed=seed)
@@ -127,7 +143,7 @@ class TableReader:
                 print(f"features of {split.name}: not stored yet; {nearest}", flush=True)
             model = self.source.model
             about = {"split": split.name, "model": model.name, "weights": model.weights, "paths": split.source.paths}
-            found = create_entry(self.cache, key, about, shard_rows)
+            found = create_entry(self.cache, key, about, self.shard_rows)
         return found
 
     def _array(self, kind: str, view: int | None) -> str:
@@ -150,8 +166,6 @@ class TableReader:
         )
 
     def _check_skipped(self, table: FeatureTable, entry: StoreEntry) -> None:
-        if len(table) == 0:
-            raise RecipeError(f"no image of {table.name} could be read")
         if table.skipped and self.recipe.data.on_corrupt == "fail":
             raise RecipeError(
                 f"{len(table.skipped)} image(s) of {table.name} could not be read when their features were stored in "

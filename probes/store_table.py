@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from probes.store_verified import VerifiedShards
 if TYPE_CHECKING:
     from eva_clip.checkpoints import LoadReport
     from eva_clip.encoder import VisionEncoder
+    from probes.splits import Split
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class EncoderFacts:
 
 
 class FeatureTable:
-    """Features [N, D] of the readable images of one split, in the split's order.
+    """Features [N, D] of the readable images of one source, in its order, or of a split of it.
 
     Opening reads headers and positions only. The first access to features compares the checksum of every shard that was
     not compared since it last changed; the tensor of one shard is the mapped file itself, that of several is memory.
@@ -52,8 +55,7 @@ class FeatureTable:
         name: of the split.
         entry: where the features are; all shards of `views` are there.
         views: the arrays to concatenate along D, for each view.
-        split_keys: names of all samples of the split.
-        split_targets: int64 [samples], their classes.
+        source_keys: names of all samples of the source.
         encoder: what made the features.
         l2norm: scale rows to unit length.
 
@@ -67,8 +69,7 @@ class FeatureTable:
         entry: StoreEntry,
         views: Sequence[Sequence[str]],
         *,
-        split_keys: Sequence[str],
-        split_targets: torch.Tensor,
+        source_keys: Sequence[str],
         encoder: EncoderFacts,
         l2norm: bool = False,
     ) -> None:
@@ -79,16 +80,34 @@ class FeatureTable:
         self._views = [[self._open(array) for array in arrays] for arrays in views]
         first = self._views[0][0]
         self.index = torch.cat([_checked_index(shard) for shard in first])
-        """int64 [N]: position of each row in its split; unreadable images are absent."""
+        """int64 [N]: position of each row in its source, or its split; unreadable images are absent."""
         self._check_same_rows(first)
-        self.targets = split_targets[self.index]
-        """int64 [N]."""
-        self.keys = [split_keys[position] for position in self.index.tolist()]
+        self.targets = torch.zeros(len(self.index), dtype=torch.int64)
+        """int64 [N]: classes; 0 until a split is taken."""
+        self.keys = [source_keys[position] for position in self.index.tolist()]
         """Names of the N samples."""
-        readable = set(self.index.tolist()) if len(self.index) < len(split_keys) else None
-        self.skipped = [] if readable is None else [key for i, key in enumerate(split_keys) if i not in readable]
+        readable = set(self.index.tolist()) if len(self.index) < len(source_keys) else None
+        self.skipped = [] if readable is None else [key for i, key in enumerate(source_keys) if i not in readable]
         """Names of the unreadable images."""
         self._read: dict[int, torch.Tensor] = {}
+        self._source: FeatureTable | None = None
+        self._rows: torch.Tensor | None = None  # int64 [N], of the source's table; None is all
+
+    def take(self, split: Split) -> FeatureTable:
+        """The rows of a split of this table's source; what is read of the source is shared."""
+        taken = copy.copy(self)
+        position = torch.full((len(split.source),), -1)  # of each image of the source in the split
+        position[torch.from_numpy(split.indices)] = torch.arange(len(split))
+        kept = position[self.index] >= 0
+        taken.name, taken.index = split.name, position[self.index][kept]
+        taken.targets = torch.from_numpy(split.targets)[taken.index]
+        taken.keys = list(itertools.compress(self.keys, kept.tolist()))
+        if self.skipped:
+            asked = set(split.keys)
+            taken.skipped = [key for key in self.skipped if key in asked]
+        taken._source, taken._read = self, {}
+        taken._rows = None if bool(kept.all()) else kept.nonzero().flatten()
+        return taken
 
     def __len__(self) -> int:
         return len(self.index)
@@ -109,23 +128,13 @@ class FeatureTable:
 
     def view(self, number: int) -> torch.Tensor:
         """[N, D]: one view; see `features`."""
+        if self._source is not None and number not in self._read:
+            whole = self._source.view(number)
+            self._read[number] = whole if self._rows is None else whole[self._rows]
         if number not in self._read:
             joined = join_shards(self._views[number], VerifiedShards(self._entry))
             self._read[number] = F.normalize(joined, dim=-1) if self.l2norm else joined
         return self._read[number]
-
-    def blocks(self, number: int = 0) -> Iterator[torch.Tensor]:
-        """The rows of a view shard by shard, [n, D] each, in order; of one kind they are the mapped files.
-
-        Raises:
-            DamagedShard: the stored bytes have changed.
-        """
-        verified = VerifiedShards(self._entry)
-        for shards in zip(*self._views[number], strict=True):
-            verify_changed(shards, verified)
-            parts = [map_shard(shard)[0] for shard in shards]
-            block = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            yield F.normalize(block, dim=-1) if self.l2norm else block
 
     def _open(self, array: str) -> list[Shard]:
         """Headers of an array's shards."""

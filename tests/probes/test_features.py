@@ -33,15 +33,15 @@ def test_extract_list_damage_repair(argv, capsys):
     assert main(argv) == 0
     assert "train: 40 x 32" in capsys.readouterr().out
     whole = shards()
-    assert len(whole) == 3, "train, hold-out, test"
+    assert len(whole) == 2, "train with its hold-out, test"
 
     assert main(["ls", "store"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == list(COLUMNS)
-    assert [line.split()[1] for line in lines[1:]] == ["train", "holdout", "test"]
+    assert [line.split()[1] for line in lines[1:]] == ["train", "test"]
     assert all(line.endswith("complete") and " cls " in line for line in lines[1:])
     assert main(["verify", "store"]) == 0
-    assert "3 shard(s) of 3 entries: 0 damaged" in capsys.readouterr().out
+    assert "2 shard(s) of 2 entries: 0 damaged" in capsys.readouterr().out
 
     path = next(iter(whole))
     content = bytearray(whole[path])
@@ -49,7 +49,7 @@ def test_extract_list_damage_repair(argv, capsys):
     path.write_bytes(content)
     assert main(["verify", "store"]) == 1
     said = capsys.readouterr()
-    assert "3 shard(s) of 3 entries: 1 damaged" in said.out
+    assert "2 shard(s) of 2 entries: 1 damaged" in said.out
     assert f"{path} is damaged" in said.err
     assert "gc store --damaged --apply" in said.err
 
@@ -98,7 +98,7 @@ def test_gc_by_age(argv, capsys):
     assert main(["gc", "store", "--older-than", "30", "--apply"]) == 0
     assert "nothing written for 40 days" in capsys.readouterr().out
     assert not old.exists()
-    assert len(shards()) == 2
+    assert len(shards()) == 1
 
 
 def test_mistakes_are_one_line(capsys, tmp_path, argv):

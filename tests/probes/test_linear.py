@@ -96,7 +96,7 @@ class TestFolderRun:
         assert found - events == FILES
         assert len(events) == 1
         assert {path.name for path in cwd.iterdir()} == {"run", "logs"}
-        assert len(list((cwd / "logs" / "features").glob("*/key.json"))) == 3
+        assert len(list((cwd / "logs" / "features").glob("*/key.json"))) == 2
 
     def test_the_log_has_the_published_columns_and_those_of_the_hold_out(self, finished):
         rows = read_log(finished[0] / "run")
@@ -211,9 +211,9 @@ def test_cached_features_are_used_by_a_second_run(run_cli, folder_argv, tmp_path
     assert run_cli(folder_argv, tmp_path).code == 0
     again = run_cli([*folder_argv, "run.dir=again"], tmp_path)
     assert again.code == 0, again.err
-    for name in ("train", "holdout", "test"):
+    for name in ("train", "test"):
         assert f"features of {name}" in again.out
-    assert again.out.count("from the cache") == 3
+    assert again.out.count("from the cache") == 2
     for name in ("log.txt", "head.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 

@@ -106,6 +106,20 @@ def test_rows_know_their_samples(recipe):
     assert found.skipped == []
 
 
+def test_splits_of_one_source_are_rows_of_one_extraction(recipe, no_encoder):
+    whole = tables(recipe)["train"]
+    no_encoder()
+    for seed, share in ((3, 0.25), (4, 0.25), (4, 0.5)):
+        other = changed(changed(recipe, "data", holdout=share), "run", seed=seed)
+        splits, found = prepare_splits(other.data, seed), tables(other)
+        for split in (splits.train, splits.selection):
+            table = found[split.name]
+            assert torch.equal(table.features, whole.features[split.indices])
+            assert table.keys == split.keys
+            assert table.targets.tolist() == split.targets.tolist()
+            assert table.index.tolist() == list(range(len(split)))
+
+
 def test_a_kind_that_is_missing_is_one_further_pass(recipe, capsys):
     tables(recipe)
     first = {path: path.stat().st_mtime_ns for path in entry_of(recipe).folder.rglob("*.safetensors")}
