@@ -78,6 +78,15 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) * scale), min(100.0, (centre + spread) * scale)
 
 
+def mean_recall(predictions: Predictions) -> float:
+    """Mean over the classes that occur of the share of their images that were recognised (balanced accuracy), in
+    percent.
+    """
+    counts = np.bincount(predictions.targets)
+    right = np.bincount(predictions.targets[predictions.targets == predictions.predicted], minlength=len(counts))
+    return 100 * float((right[counts > 0] / counts[counts > 0]).mean())
+
+
 def confusion_counts(predictions: Predictions, num_classes: int) -> NDArray[np.int64]:
     """Counts [num_classes, num_classes]; row is the true class, column the predicted one."""
     used = np.concatenate([predictions.targets, predictions.predicted])

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from probes.confusion import mean_recall
+from probes.intervals import bootstrap_interval, summarise_repeats
 from probes.recipe import dump_recipe
 from probes.results import Predictions, RunResult
 from probes.scoring import predictions_csv
-from probes.sections import Recipe, RecipeError
+from probes.sections import RecipeError
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
-    from probes.fit import Fitted
     from probes.runs import RunFolder
     from probes.splits import Split, Splits
+    from probes.store_table import EncoderFacts
 
 
 def reported_split(splits: Splits) -> Split:
@@ -37,12 +42,27 @@ def reported_split(splits: Splits) -> Split:
     return splits.selection
 
 
-def save_head(run: RunFolder, recipe: Recipe, fitted: Fitted, classes: list[str]) -> None:
+def save_head(
+    run: RunFolder,
+    recipe: Any,
+    encoder: EncoderFacts,
+    kind: str,
+    tensors: Mapping[str, torch.Tensor],
+    classes: list[str],
+) -> None:
     """Write the reported head as `head.safetensors`, with all that is needed to use it in its metadata.
 
     The metadata is one key, "probe": JSON with `model`, `encoder_sha256`, `features` (pool, projected, l2norm),
     `image_size` (pixels), `head` (its kind) and `classes`. One, because safetensors writes several in a random order,
     and equal runs would differ in their bytes.
+
+    Args:
+        run: where to.
+        recipe: its sections `model` and `features` are written.
+        encoder: what the head was trained on.
+        kind: "bn_linear" or "linear".
+        tensors: state of `build_head(kind, ...)`.
+        classes: names.
     """
     if not run.writes:
         return
@@ -50,14 +70,14 @@ def save_head(run: RunFolder, recipe: Recipe, fitted: Fitted, classes: list[str]
 
     probe = {
         "model": recipe.model.name,
-        "encoder_sha256": fitted.encoder.sha256,
+        "encoder_sha256": encoder.sha256,
         "features": {key: getattr(recipe.features, key) for key in ("pool", "projected", "l2norm")},
-        "image_size": fitted.encoder.image_size,
-        "head": recipe.head.kind,
+        "image_size": encoder.image_size,
+        "head": kind,
         "classes": classes,
     }
-    tensors = {key: value.contiguous().cpu() for key, value in fitted.module.head.state_dict().items()}
-    save_file(tensors, run.path / "head.safetensors", metadata={"probe": json.dumps(probe, sort_keys=True)})
+    state = {key: value.contiguous().cpu() for key, value in tensors.items()}
+    save_file(state, run.path / "head.safetensors", metadata={"probe": json.dumps(probe, sort_keys=True)})
 
 
 def finish_run(run: RunFolder, recipe: Any, result: RunResult, predictions: Predictions, split: Split) -> None:
@@ -69,6 +89,10 @@ def finish_run(run: RunFolder, recipe: Any, result: RunResult, predictions: Pred
     def read_image(position: int) -> Image.Image:
         return _open_image(split, by_key[predictions.keys[position]])
 
+    right = predictions.predicted == predictions.targets
+    low, high = bootstrap_interval(right)
+    measured = {"mean_recall": mean_recall(predictions), **result.measured}
+    result = dataclasses.replace(result, interval=(100 * low, 100 * high), measured=measured)
     by_key = {key: position for position, key in enumerate(split.keys)}
     run.write_text("predictions.csv", predictions_csv(predictions, result.classes))
     environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
@@ -90,13 +114,25 @@ def print_result(result: RunResult) -> None:
     """Scores, baselines and measured beside expected, as plain lines."""
     print()
     for score in result.scores:
-        chosen = {"schedule": "the schedule's end", score.split: f"{score.split} itself: an oracle"}
+        chosen = {
+            "schedule": "the recipe" if score.setting else "the schedule's end",
+            score.split: f"{score.split} itself: an oracle",
+        }
         by = chosen.get(score.chosen_by, score.chosen_by)
-        how = "nothing trained" if score.chosen_by == "nothing" else f"epoch {score.epoch} (chosen by {by})"
+        what = score.setting or f"epoch {score.epoch}"
+        how = "nothing trained" if score.chosen_by == "nothing" else f"{what} (chosen by {by})"
         print(
             f"{score.name:>9}  top-1 {score.top1:6.2f}  top-5 {score.top5:6.2f}  on {score.samples} {score.split} "
             f"images, {how}"
         )
+    if result.interval:
+        recall = result.measured.get("mean_recall")
+        balanced = "" if recall is None else f"; mean per-class recall {recall:.2f}"
+        print(
+            f" interval  {result.interval[0]:.2f} to {result.interval[1]:.2f} (95 %, bootstrap over images){balanced}"
+        )
+    for line in summarise_repeats(result.repeats):
+        print(f"  repeats  {line}")
     for baseline in result.baselines:
         difference = result.reported.top1 - baseline.top1
         print(f" baseline  top-1 {baseline.top1:6.2f}  {baseline.name} (ours {difference:+.2f})")

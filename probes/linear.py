@@ -51,7 +51,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs))
     fitted.module.load_reported_head()
     predictions = predict(fitted.module, fitted.loaders[reported.name], reported)
-    save_head(run, recipe, fitted, splits.classes)
+    save_head(run, recipe, fitted.encoder, recipe.head.kind, fitted.module.head.state_dict(), splits.classes)
     result = summarise(recipe, Path(recipe_path), splits, fitted, reported, len(predictions.keys))
     baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
     result.baselines.extend(baselines)

@@ -35,23 +35,34 @@ def measure_data(data: DataSection, seed: int) -> DataSize:
     return DataSize(len(splits.train), len(splits.classes))
 
 
-def check_recipe(recipe: Recipe, train_size: int | None = None) -> None:
-    """Find mistakes that need the model's shape or the data's size, before a run folder is made. Imports no torch.
+def check_model(model: ModelSection) -> None:
+    """Find mistakes that need the model's shape, before a run folder is made. Imports no torch.
 
     Raises:
-        RecipeError: fewer images than one batch.
+        RecipeError: no such weight file.
         ValueError: unknown model, or a resolution that its patches do not divide.
     """
     from eva_clip.specs import add_model_config, get_model_spec
 
-    if recipe.model.config:
-        add_model_config(recipe.model.config)
-    spec = get_model_spec(recipe.model.name)
-    if recipe.model.image_size:
-        spec.at_image_size(recipe.model.image_size)
-    weights = recipe.model.weights
-    if weights not in ("pretrained", "random") and not Path(weights).is_file():
-        raise RecipeError(f"model.weights: no file at {weights}; expected pretrained, random, or a checkpoint file")
+    if model.config:
+        add_model_config(model.config)
+    spec = get_model_spec(model.name)
+    if model.image_size:
+        spec.at_image_size(model.image_size)
+    if model.weights not in ("pretrained", "random") and not Path(model.weights).is_file():
+        raise RecipeError(
+            f"model.weights: no file at {model.weights}; expected pretrained, random, or a checkpoint file"
+        )
+
+
+def check_recipe(recipe: Recipe, train_size: int | None = None) -> None:
+    """`check_model`, and what needs the data's size.
+
+    Raises:
+        RecipeError: fewer images than one batch, or no such weight file.
+        ValueError: unknown model, or a resolution that its patches do not divide.
+    """
+    check_model(recipe.model)
     if train_size is not None:
         steps_per_epoch(train_size, recipe.trainer.global_batch)
 

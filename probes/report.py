@@ -88,7 +88,7 @@ def write_report(
         "result": result,
         "samples": samples,
         "correct": correct,
-        "interval": wilson_interval(correct, samples),
+        "interval": result.interval or wilson_interval(correct, samples),
         "sentence": describe_run(result),
         "selection": describe_selection(result, has_epochs=bool(log)),
         "warnings": find_warnings(result, log, predictions, has_reference=reference_log is not None),

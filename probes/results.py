@@ -34,6 +34,8 @@ class Score:
     """Mean cross-entropy over the samples."""
     samples: int
     """Number of samples scored, each counted once."""
+    setting: str = ""
+    """What was chosen, such as "C = 0.316", by methods that have no epochs."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ class RunResult:
     """The reported score first."""
     measured: dict[str, float] = field(default_factory=dict)
     """Further metrics by name, in percent."""
+    interval: tuple[float, float] | None = None
+    """95 % bootstrap interval of the reported top-1 over the scored samples, in percent."""
+    repeats: list[dict[str, Any]] = field(default_factory=list)
+    """One row a further repetition: `seed`, `top1` in percent, and what the method adds (`shots`, what was chosen)."""
     baselines: list[Baseline] = field(default_factory=list)
     expectations: list[Expectation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -58,6 +58,9 @@ class RunSection(Section):
     """Run folder; null makes a fresh one under `logs/`, named after the recipe and the time."""
     seed: int = setting(0, low=0)
     """Seed of hold-out, sampling order, augmentation and initial weights."""
+    seeds: list[int] = setting([])
+    """Frozen features only: repeat with these seeds instead, from one extraction. The first is reported in full, with
+    mean and spread over all."""
     on_existing: str = setting("error", choices=("error", "resume", "overwrite"))
     """What to do when the run folder already holds a run."""
 
@@ -79,7 +82,7 @@ class ModelSection(Section):
 
 
 @dataclass
-class FeaturesSection(Section):
+class StoredFeaturesSection(Section):
     """What the head sees."""
 
     pool: str = "cls"
@@ -89,12 +92,6 @@ class FeaturesSection(Section):
     """Apply the projection into the image-text space (pool "cls" only)."""
     l2norm: bool = False
     """Scale features to unit length."""
-    mode: str = setting("online", choices=("online", "cached"))
-    """"online" runs the encoder on a fresh augmented view at every step; "cached" once, on the evaluation view or on
-    `views` augmented ones."""
-    views: int = setting(0, low=0)
-    """Augmented copies of train in the store (mode "cached"): epoch e trains on copy e mod `views`. 0 trains on the
-    evaluation view."""
     kinds: list[str] = setting([])
     """Further features that the pass which extracts also stores: "cls", "gap", "projected", "cls_last<n>"."""
     cache: str = "logs/features"
@@ -114,10 +111,25 @@ class FeaturesSection(Section):
             check_kinds(self.kinds)
         except ValueError as error:
             problems.append(f"kinds: {error}")
-        if self.views and self.mode != "cached":
-            problems.append(f"views is {self.views} with mode {self.mode!r}; only mode 'cached' stores views")
         if problems:
             raise RecipeError("\n".join(problems))
+
+
+@dataclass
+class FeaturesSection(StoredFeaturesSection):
+    """What the head sees, and when the encoder runs."""
+
+    mode: str = setting("online", choices=("online", "cached"))
+    """"online" runs the encoder on a fresh augmented view at every step; "cached" once, on the evaluation view or on
+    `views` augmented ones."""
+    views: int = setting(0, low=0)
+    """Augmented copies of train in the store (mode "cached"): epoch e trains on copy e mod `views`. 0 trains on the
+    evaluation view."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.views and self.mode != "cached":
+            raise RecipeError(f"views is {self.views} with mode {self.mode!r}; only mode 'cached' stores views")
 
 
 @dataclass

@@ -37,6 +37,10 @@ class Split:
         """Name of each sample, N of them."""
         return [self.source.keys[index] for index in self.indices]
 
+    def take(self, name: str, positions: NDArray[np.int64] | NDArray[np.bool_]) -> Split:
+        """Some of these samples as a split of their own; positions ascend, or are a mask."""
+        return Split(name, self.source, self.indices[positions], self.targets[positions])
+
     def fingerprint(self) -> str:
         """Hexadecimal sha256 over exactly these samples: names, labels, sizes and times of their files."""
         if self._fingerprint is None:
@@ -261,8 +265,7 @@ def _carve_holdout(train: Split, share: float, seed: int, notes: list[str]) -> t
     if not held.any():
         notes.append(f"data.holdout {share} of train leaves no image out of any class; there is no selection split")
         return train, None
-    rest = Split("train", train.source, train.indices[~held], train.targets[~held])
-    holdout = Split("holdout", train.source, train.indices[held], train.targets[held])
+    rest, holdout = train.take("train", ~held), train.take("holdout", held)
     missing = len(set(train.targets.tolist()) - set(holdout.targets.tolist()))
     if missing:
         notes.append(f"{missing} class(es) are too small to give an image to the hold-out")

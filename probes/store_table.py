@@ -93,6 +93,11 @@ class FeatureTable:
         self._source: FeatureTable | None = None
         self._rows: torch.Tensor | None = None  # int64 [N], of the source's table; None is all
 
+    @property
+    def whole(self) -> FeatureTable:
+        """The table of the source that these rows are of."""
+        return self._source or self
+
     def take(self, split: Split) -> FeatureTable:
         """The rows of a split of this table's source; what is read of the source is shared."""
         taken = copy.copy(self)

@@ -1,0 +1,253 @@
+"""One run of a method that fits stored features: chosen on the hold-out, fitted again, scored once. Torch inside."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from probes.draws import with_seed, with_shots
+from probes.results import Predictions, RunResult, Score, compare_expected
+
+if TYPE_CHECKING:
+    import torch
+
+    from probes.method_sections import MethodRecipe
+    from probes.splits import Split, Splits
+    from probes.store_table import FeatureTable
+
+Scorer = Callable[["torch.Tensor"], "torch.Tensor"]
+"""Features [n, D] to one score a class, [n, C]; higher is more likely."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Features and targets of a split."""
+
+    name: str
+    features: torch.Tensor
+    """float32 [N, D]."""
+    targets: torch.Tensor
+    """int64 [N]."""
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def joined(self, other: Samples) -> Samples:
+        """These and the other's."""
+        import torch
+
+        features = torch.cat([self.features, other.features])
+        return Samples(self.name, features, torch.cat([self.targets, other.targets]), self.num_classes)
+
+
+@dataclass(frozen=True)
+class LinearScorer:
+    """Scores features @ weight.T + bias."""
+
+    weight: torch.Tensor
+    """float32 [C, D]."""
+    bias: torch.Tensor
+    """float32 [C]."""
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Scores [n, C] of features [n, D]."""
+        return features @ self.weight.T + self.bias
+
+
+class Method(Protocol):
+    """A method with one setting to choose."""
+
+    name: str
+    """The command's last word."""
+    setting: str
+    """What is chosen, such as "C"."""
+    fixed: float
+    """The setting where there is nothing to choose it on."""
+    refit: bool
+    """Whether the hold-out joins train once the setting is chosen."""
+
+    def path(self, train: Samples) -> Iterator[tuple[float, Scorer]]:
+        """Every setting, the simplest model first, with what it gives on train."""
+
+    def fit(self, train: Samples, value: float) -> Scorer:
+        """One setting."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one repetition gave."""
+
+    score: Score
+    predictions: Predictions
+    scorer: Scorer
+    candidates: list[dict[str, float]]
+    """Settings with their scores on the selection split."""
+
+
+def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> None:
+    """One run, from recipe to report, of one or more repetitions on one extraction.
+
+    Raises:
+        RecipeError: the recipe does not fit the data.
+    """
+    start = time.monotonic()
+    from probes.finish import finish_run, reported_split, save_head
+    from probes.plan import check_model
+    from probes.runs import RunFolder
+    from probes.splits import describe, prepare_splits
+
+    check_model(recipe.model)
+    splits = prepare_splits(recipe.data, recipe.run.seed)
+    reported = reported_split(splits)
+    check_choice(recipe, splits, method)
+    run = RunFolder.create(recipe, recipe_path)
+    run.write_json("data.json", describe(splits))
+    print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
+
+    from probes.extraction import load_tables
+
+    tables = load_tables(recipe, splits)
+    repetitions, rows = list_repetitions(recipe), []
+    first: Outcome | None = None
+    for shots, seed in repetitions:
+        drawn = with_shots(splits, shots, seed) if shots else with_seed(splits, recipe.data.holdout, seed)
+        outcome = fit_once(method, drawn, tables, reported)
+        first = first or outcome
+        rows.append({**({"shots": shots} if shots else {}), "seed": seed, "top1": outcome.score.top1})
+        rows[-1] |= {method.setting: float(outcome.score.setting.rpartition(" ")[2])}
+        if len(repetitions) > 1:
+            of = f"{shots} shots, " if shots else ""
+            print(f"{of}seed {seed}: top-1 {outcome.score.top1:.2f}, {outcome.score.setting}", flush=True)
+    assert first is not None
+    facts = tables["train"].encoder
+    run.write_text("candidates.csv", _table(first.candidates))
+    if isinstance(first.scorer, LinearScorer):
+        state = {"0.weight": first.scorer.weight, "0.bias": first.scorer.bias}
+        save_head(run, recipe, facts, "linear", state, splits.classes)
+    result = RunResult(
+        title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
+        method=f"probes.{method.name}",
+        classes=splits.classes,
+        split_sizes={name: len(split) for name, split in splits.named.items()},
+        scores=[first.score],
+        repeats=rows if len(rows) > 1 else [],
+        expectations=compare_expected(recipe.expected, [first.score]),
+        notes=[*splits.notes, *describe_repetitions(recipe, repetitions), *_skipped(tables)],
+        facts={
+            "encoder": recipe.model.name,
+            "weights": facts.loaded,
+            "encoder sha256": facts.sha256,
+            "features": f"{recipe.features.pool}, {facts.feature_dim}-d, evaluation view",
+            "image size": f"{facts.image_size} px",
+            "chosen": first.score.setting,
+            "duration": f"{time.monotonic() - start:.0f} s",
+        },
+    )
+    finish_run(run, recipe, result, first.predictions, reported)
+
+
+def check_choice(recipe: MethodRecipe, splits: Splits, method: Method) -> None:
+    """Note when there is nothing to choose by."""
+    if splits.selection is None and not recipe.few_shot.shots:
+        splits.notes.append(
+            f"Nothing was held out to choose {method.setting} on: it is {method.fixed:g}, as the recipe fixes it; "
+            "data.holdout=0.2 chooses it."
+        )
+
+
+def list_repetitions(recipe: MethodRecipe) -> list[tuple[int, int]]:
+    """(shots, seed) of every repetition, the reported one first: most shots, first seed; 0 shots are all of train."""
+    seeds = recipe.run.seeds or [recipe.run.seed]
+    shots = sorted(recipe.few_shot.shots, reverse=True) or [0]
+    return [(number, seed) for number in shots for seed in seeds]
+
+
+def describe_repetitions(recipe: MethodRecipe, repetitions: Sequence[tuple[int, int]]) -> list[str]:
+    """What a reader must know of the reported repetition."""
+    if len(repetitions) == 1 and not repetitions[0][0]:
+        return []
+    shots, seed = repetitions[0]
+    of = f"{shots} image(s) a class and " if shots else ""
+    return [f"The reported score and the pictures are of the repetition with {of}seed {seed}."]
+
+
+def fit_once(method: Method, drawn: Splits, tables: dict[str, FeatureTable], reported: Split) -> Outcome:
+    """Choose on the selection split, fit again, and score the reported split once."""
+    from probes.zeroshot import score_logits
+
+    whole = tables["train"].whole
+    classes = len(drawn.classes)
+    train = _samples(whole.take(drawn.train), classes)
+    candidates: list[dict[str, float]] = []
+    value, chosen_by = method.fixed, "schedule"
+    selection = drawn.selection
+    if selection is not None:
+        held = _samples((whole if selection.name == "holdout" else tables[selection.name]).take(selection), classes)
+        for tried, scorer in method.path(train):
+            candidates.append({method.setting: tried, **_measure(scorer(held.features), held.targets)})
+        best = max(candidates, key=lambda row: row["acc1"])  # of equals the first: the simplest model
+        value, chosen_by = best[method.setting], selection.name
+        if method.refit and selection.name == "holdout" and selection is not reported:
+            train = train.joined(held)
+    scorer = method.fit(train, value)
+    table = tables[reported.name]
+    logits = scorer(table.features.float())
+    predictions, score = score_logits(logits, table.index, reported)
+    name = "selected" if candidates else "last"
+    setting = f"{method.setting} = {value:.6g}"
+    chosen = Score(name, score.split, chosen_by, 0, score.top1, score.top5, score.loss, score.samples, setting)
+    return Outcome(chosen, predictions, scorer, candidates)
+
+
+def _samples(table: FeatureTable, num_classes: int) -> Samples:
+    return Samples(table.name, table.features.float(), table.targets, num_classes)
+
+
+def _measure(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    import torch
+
+    right = (logits.argmax(dim=1) == targets).float().mean()
+    return {"acc1": 100 * float(right), "loss": float(torch.nn.functional.cross_entropy(logits, targets))}
+
+
+def plan_method(recipe: MethodRecipe, method: Method, values: Sequence[float]) -> dict[str, Any]:
+    """What `--plan` prints: sizes, and what will be tried."""
+    from eva_clip.encoder import FeatureDefinition
+    from eva_clip.specs import get_model_spec
+    from probes.plan import check_model, measure_data
+
+    check_model(recipe.model)
+    size = measure_data(recipe.data, recipe.run.seed)
+    spec, features = get_model_spec(recipe.model.name), recipe.features
+    definition = FeatureDefinition(features.pool, features.projected, features.l2norm)
+    return {
+        "train_size": size.train,
+        "num_classes": size.classes,
+        "feature_dim": definition.feature_dim(spec),
+        "image_size": recipe.model.image_size or spec.vision.image_size,
+        "repetitions": [{"shots": shots or None, "seed": seed} for shots, seed in list_repetitions(recipe)],
+        method.setting: list(values),
+    }
+
+
+def _skipped(tables: dict[str, FeatureTable]) -> list[str]:
+    return [
+        f"{len(table.skipped)} unreadable image(s) of {name} were left out, the first {min(table.skipped)}."
+        for name, table in tables.items()
+        if table.skipped
+    ]
+
+
+def _table(rows: Sequence[dict[str, float]]) -> str:
+    stream = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return stream.getvalue()
