@@ -31,6 +31,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     from finetune.plan import check_recipe
     from probes.finish import finish_run, reported_split
     from probes.linear import EpochLines
+    from probes.reference_curve import read_reference
     from probes.runs import RunFolder
     from probes.splits import describe, prepare_splits
 
@@ -40,13 +41,14 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     check_recipe(recipe, len(splits.train))
     run = RunFolder.create(recipe, recipe_path)
     run.write_json("data.json", describe(splits))
+    reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     from finetune.finish import export, load_reported, predict
     from finetune.fit import fit_classifier
 
     planned = settle_batch(recipe, len(splits.classes))
-    fitted = fit_classifier(planned, splits, run, on_row=EpochLines(run, recipe.schedule.epochs))
+    fitted = fit_classifier(planned, splits, run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
     weights = load_reported(run, fitted)
     predictions = predict(fitted.module.model, fitted.data.loader(reported.name), reported)
     result = summarise(recipe, recipe_path, splits, fitted, reported, len(predictions.keys))
@@ -56,8 +58,10 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
         merge_lora(fitted.module.model)
     export(run, fitted.module.model)
     result.facts["weights of model.safetensors"] = weights
+    if reference:
+        result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
-    finish_run(run, recipe, result, predictions, reported)
+    finish_run(run, recipe, result, predictions, reported, reference_log=reference.rows if reference else None)
 
 
 def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> FinetuneRecipe:

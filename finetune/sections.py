@@ -155,6 +155,11 @@ class ExpectedSection(Section):
     """Points below which a difference counts as reached."""
     source: str | None = None
     """Where the figures come from."""
+    reference_log: str | None = None
+    """Published log as a CSV like those of `logs/reference`;
+    every epoch is compared with it, and the report draws both."""
+    reference_tolerance: float = setting(0.5, low=0.0)
+    """Points of accuracy within which an epoch is on the published track."""
 
 
 @dataclass

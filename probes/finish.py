@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from probes.figures import LogRows
     from probes.runs import RunFolder
     from probes.splits import Split, Splits
     from probes.store_table import EncoderFacts
@@ -80,8 +81,25 @@ def save_head(
     save_file(state, run.path / "head.safetensors", metadata={"probe": json.dumps(probe, sort_keys=True)})
 
 
-def finish_run(run: RunFolder, recipe: Any, result: RunResult, predictions: Predictions, split: Split) -> None:
-    """Write `predictions.csv`, `report.html` and, last, `result.json`; print the outcome."""
+def finish_run(
+    run: RunFolder,
+    recipe: Any,
+    result: RunResult,
+    predictions: Predictions,
+    split: Split,
+    *,
+    reference_log: LogRows | None = None,
+) -> None:
+    """Write `predictions.csv`, `report.html` and, last, `result.json`; print the outcome.
+
+    Args:
+        run: where to.
+        recipe: shown in the report.
+        result: is completed with the interval and the mean per-class recall.
+        predictions: of the reported score.
+        split: what was predicted.
+        reference_log: rows of a published run, drawn beside this one's.
+    """
     if not run.writes:
         return
     from probes.report import write_report
@@ -104,6 +122,7 @@ def finish_run(run: RunFolder, recipe: Any, result: RunResult, predictions: Pred
         read_image=read_image,
         recipe_yaml=dump_recipe(recipe),
         environment=environment,
+        reference_log=reference_log,
     )
     run.write_json("result.json", result.to_json())
     print_result(result)

@@ -15,6 +15,7 @@ from probes.results import RunResult, compare_expected
 
 if TYPE_CHECKING:
     from probes.fit import Fitted
+    from probes.reference_curve import ReferenceCurve
     from probes.runs import RunFolder
     from probes.splits import Split, Splits
 
@@ -31,6 +32,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     start = time.monotonic()
     from probes.finish import finish_run, reported_split, save_head
     from probes.plan import check_recipe
+    from probes.reference_curve import read_reference
     from probes.runs import RunFolder
     from probes.splits import describe, prepare_splits
 
@@ -43,12 +45,13 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     check_machine(recipe)
     run = RunFolder.create(recipe, recipe_path)
     run.write_json("data.json", describe(splits))
+    reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     from probes.baselines import compute_baselines
     from probes.scoring import predict
 
-    fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs))
+    fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
     fitted.module.load_reported_head()
     predictions = predict(fitted.module, fitted.loaders[reported.name], reported)
     save_head(run, recipe, fitted.encoder, recipe.head.kind, fitted.module.head.state_dict(), splits.classes)
@@ -56,15 +59,20 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
     result.baselines.extend(baselines)
     result.notes.extend(left_out)
+    if reference:
+        result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
-    finish_run(run, recipe, result, predictions, reported)
+    finish_run(run, recipe, result, predictions, reported, reference_log=reference.rows if reference else None)
 
 
 class EpochLines:
-    """Writes every epoch's row into `log.txt`, and prints it where no progress bar shows it (at most every 2 s)."""
+    """Writes every epoch's row into `log.txt`, and prints it where no progress bar shows it (at most every 2 s).
 
-    def __init__(self, run: RunFolder, epochs: int) -> None:
-        self.run, self.epochs, self.last_line = run, epochs, 0.0
+    Epochs of a recipe with a published log are compared with it; those that are off are always printed.
+    """
+
+    def __init__(self, run: RunFolder, epochs: int, reference: ReferenceCurve | None = None) -> None:
+        self.run, self.epochs, self.last_line, self.reference = run, epochs, 0.0, reference
 
     def __call__(self, row: dict[str, float]) -> None:
         """Take one epoch's row."""
@@ -73,13 +81,16 @@ class EpochLines:
         self.run.append_log(row)
         now = time.monotonic()
         final = row["epoch"] == self.epochs - 1
+        verdict = self.reference.compare(row) if self.reference else ""
         if is_terminal() or (now - self.last_line < 2 and not final):
+            if verdict.startswith("off"):
+                print(f"epoch {row['epoch']:.0f}: {verdict}", flush=True)
             return
         self.last_line = now
         accuracies = ", ".join(f"{k.removesuffix('_acc1')} {v:.2f}" for k, v in row.items() if k.endswith("_acc1"))
         print(
             f"epoch {row['epoch']:.0f}/{self.epochs - 1}: lr {row['train_lr']:.4g}, loss {row['train_loss']:.4f}, "
-            f"top-1 {accuracies}",
+            f"top-1 {accuracies}{f'; {verdict}' if verdict else ''}",
             flush=True,
         )
 
