@@ -22,8 +22,8 @@ from finetune.checkpoints import KeepCheckpoints, newest_readable
 from finetune.data import FinetuneData
 from finetune.module import FinetuneModule
 from finetune.sections import FinetuneRecipe
-from finetune.targets import balanced_weights
 from finetune.views import FinetuneTransform
+from probes.class_weights import balanced_weights
 from probes.plan import steps_per_epoch
 from probes.progress import is_terminal
 from probes.schedule import warmup_cosine

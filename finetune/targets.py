@@ -32,12 +32,6 @@ class Mixer:
         return mixed, probabilities
 
 
-def balanced_weights(counts: torch.Tensor) -> torch.Tensor:
-    """Weight of each class, N / (C · count), from counts [C]; 0 for a class without images."""
-    present = counts.clamp(min=1).float()
-    return torch.where(counts > 0, counts.sum() / (len(counts) * present), torch.zeros_like(present))
-
-
 def classification_loss(
     logits: torch.Tensor, target: torch.Tensor, label_smoothing: float, class_weights: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -14,6 +14,7 @@ from eva_clip.transforms import to_rgb
 from probes.embedding import embed_images
 from probes.fit import Fitted, fit_probe
 from probes.heads import build_zero_shot_weights
+from probes.prompts import readable
 from probes.results import Baseline
 from probes.scoring import collect_scores
 from probes.splits import choose_holdout
@@ -131,7 +132,7 @@ def _read_pixels(split: Split, skip: bool) -> tuple[NDArray[np.float32], NDArray
 def _zero_shot(recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) -> Baseline:
     size = recipe.model.image_size
     model, _ = build_model(recipe.model.name, recipe.model.weights, image_size=size, pos_embed=recipe.model.pos_embed)
-    names = [name.replace("-", " ").replace("_", " ") for name in splits.classes]
+    names = [readable(name) for name in splits.classes]
     weights = build_zero_shot_weights(model, names, [recipe.baselines.prompt])
     images, index = embed_images(model, fitted.data.loader(reported.name, 64), reported.name)
     right = (images @ weights.T).argmax(dim=1) == torch.from_numpy(reported.targets)[index]

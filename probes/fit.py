@@ -19,7 +19,7 @@ from probes.batch_norm import SharedRunningStatistics
 from probes.data import ImageDataModule
 from probes.encoder import build_recipe_encoder, recipe_spec
 from probes.extraction import load_tables
-from probes.heads import build_head
+from probes.head_start import recipe_class_weights, start_head
 from probes.module import LinearProbe
 from probes.plan import steps_per_epoch
 from probes.progress import is_terminal
@@ -84,6 +84,8 @@ class Fitted:
     loaders: dict[str, Any]
     """Evaluation batches by split name, each sample once, in order."""
     data: ImageDataModule
+    tables: Mapping[str, FeatureTable] | None = None
+    """Stored features by split name; None where the encoder ran at every step."""
 
 
 def fit_probe(
@@ -92,6 +94,7 @@ def fit_probe(
     *,
     run: RunFolder | None = None,
     weights: str = "",
+    tables: Mapping[str, FeatureTable] | None = None,
     on_row: Callable[[dict[str, float]], None] | None = None,
 ) -> Fitted:
     """Train the head of a recipe.
@@ -101,6 +104,7 @@ def fit_probe(
         splits: its data.
         run: where logs and checkpoints go; None keeps nothing (baselines).
         weights: replaces the recipe's encoder weights.
+        tables: features of the splits, where they are at hand.
         on_row: called with every epoch's row.
 
     Raises:
@@ -111,7 +115,7 @@ def fit_probe(
     encoder: VisionEncoder | None = None
     trainer = _build_trainer(recipe, run)
     if recipe.features.mode == "cached":
-        tables = load_tables(recipe, splits, weights=weights, views=recipe.features.views)
+        tables = tables or load_tables(recipe, splits, weights=weights, views=recipe.features.views)
         facts, data = tables["train"].encoder, build_data(recipe, splits, recipe_spec(recipe))
         train, evaluation = _cached_loaders(recipe, tables, trainer)
         for name, table in tables.items():
@@ -127,17 +131,18 @@ def fit_probe(
         steps = len(train) // trainer_section.accumulate
     torch.manual_seed(recipe.run.seed)
     module = LinearProbe(
-        build_head(recipe.head.kind, facts.feature_dim, len(splits.classes)),
+        start_head(recipe, splits.classes, facts.feature_dim, weights),
         optimizer=recipe.optimizer,
         schedule=warmup_cosine(recipe.optimizer.lr, schedule.final_lr, schedule.epochs, steps, schedule.warmup_epochs),
         num_classes=len(splits.classes),
         evaluation_names=data.evaluation_names,
+        class_weights=recipe_class_weights(recipe, splits),
         encoder=encoder,
         encoder_sha256=facts.sha256,
         on_row=on_row,
     )
     _run_training(trainer, module, train, evaluation, data, run)
-    return Fitted(module, facts, evaluation, data)
+    return Fitted(module, facts, evaluation, data, tables)
 
 
 def _run_training(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from probes.cli import run_command
 from probes.launch import first_process_prints
 from probes.recipe import Recipe
-from probes.results import RunResult, compare_expected
+from probes.results import RunResult, Score, compare_expected
 
 if TYPE_CHECKING:
     from probes.fit import Fitted
@@ -30,6 +31,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def execute(recipe: Recipe, recipe_path: str) -> None:
     """One run, from recipe to report."""
     start = time.monotonic()
+    asked = recipe
+    if recipe.run.seeds:
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=recipe.run.seeds[0]))
     from probes.finish import finish_run, reported_split, save_head
     from probes.plan import check_recipe
     from probes.reference_curve import read_reference
@@ -43,7 +47,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     from probes.fit import check_machine, fit_probe
 
     check_machine(recipe)
-    run = RunFolder.create(recipe, recipe_path)
+    run = RunFolder.create(asked, recipe_path)
     run.write_json("data.json", describe(splits))
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
@@ -56,6 +60,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     predictions = predict(fitted.module, fitted.loaders[reported.name], reported)
     save_head(run, recipe, fitted.encoder, recipe.head.kind, fitted.module.head.state_dict(), splits.classes)
     result = summarise(recipe, Path(recipe_path), splits, fitted, reported, len(predictions.keys))
+    result.repeats.extend(repeat_seeds(recipe, splits, fitted, result.reported))
     baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
     result.baselines.extend(baselines)
     result.notes.extend(left_out)
@@ -63,6 +68,28 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
         result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
     finish_run(run, recipe, result, predictions, reported, reference_log=reference.rows if reference else None)
+
+
+def repeat_seeds(recipe: Recipe, splits: Splits, fitted: Fitted, first: Score) -> list[dict[str, Any]]:
+    """Rows of `run.seeds`: the first is the run's own, the others are trained here on the same extraction."""
+    if len(recipe.run.seeds) < 2:
+        return []
+    from probes.draws import with_seed
+    from probes.fit import fit_probe
+    from probes.scoring import collect_scores
+
+    assert fitted.tables is not None
+    rows = [{"seed": recipe.run.seeds[0], "top1": first.top1}]
+    for seed in recipe.run.seeds[1:]:
+        drawn = with_seed(splits, recipe.data.holdout, seed)
+        of_source = {name: fitted.tables[name].whole for name in drawn.named}
+        tables = {name: table.take(drawn.named[name]) for name, table in of_source.items()}
+        other = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=seed))
+        module = fit_probe(other, drawn, tables=tables).module
+        score = collect_scores(module, first.samples, first.split)[0]
+        rows.append({"seed": seed, "top1": score.top1})
+        print(f"seed {seed}: top-1 {score.top1:.2f}", flush=True)
+    return rows
 
 
 class EpochLines:

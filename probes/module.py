@@ -32,6 +32,8 @@ class LinearProbe(LightningModule):
     head that scored best on the selection split so far (None when nothing selects).
     """
 
+    class_weights: torch.Tensor | None
+
     def __init__(
         self,
         head: nn.Module,
@@ -40,6 +42,7 @@ class LinearProbe(LightningModule):
         schedule: NDArray[np.float64],
         num_classes: int,
         evaluation_names: Sequence[str],
+        class_weights: torch.Tensor | None = None,
         encoder: VisionEncoder | None = None,
         encoder_sha256: str = "",
         on_row: Callable[[dict[str, float]], None] | None = None,
@@ -48,6 +51,7 @@ class LinearProbe(LightningModule):
         self.head = head
         self.encoder = encoder
         self.encoder_sha256 = encoder_sha256
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.optimizer_section = optimizer
         self.schedule = schedule
         self.evaluation_names = list(evaluation_names)
@@ -80,13 +84,13 @@ class LinearProbe(LightningModule):
         if len(batch["target"]) == 0:
             return None
         logits = self(batch)
-        loss = F.cross_entropy(logits.float(), batch["target"])
+        loss = F.cross_entropy(logits.float(), batch["target"], weight=self.class_weights)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the training loss is {loss.item()} in epoch {self.current_epoch}; lower optimizer.lr, or use "
                 "trainer.precision=fp32"
             )
-        self._meter("train").update(logits.detach(), batch["target"])
+        self._meter("train").update(logits.detach(), batch["target"], loss.detach())
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:

@@ -66,7 +66,7 @@ def resolve_prompts(prompts: PromptsSection, evaluation: Evaluation) -> Prompts:
         named_by = f"{prompts.library} of {library.version}"
     else:
         texts = evaluation.test.source.class_texts or evaluation.classes
-        names, named_by = [_plain(name) for name in texts], "labels of the data"
+        names, named_by = [readable(name) for name in texts], "labels of the data"
     return Prompts(names, templates, f"templates: {origin}; class names: {named_by}")
 
 
@@ -133,8 +133,8 @@ def _align(names: Sequence[str], evaluation: Evaluation, library: str) -> list[s
     elif len(names) == IMAGENET_CLASSES:
         position = wordnet_positions()
     if not position:
-        position = {_plain(name).lower(): index for index, name in enumerate(names)}
-        classes = [_plain(label).lower() for label in classes]
+        position = {readable(name).lower(): index for index, name in enumerate(names)}
+        classes = [readable(label).lower() for label in classes]
         if len(position) < len(names):
             position = {}  # two classes of one name: a label cannot tell which it is
     unknown = [label for label in classes if label not in position]
@@ -166,5 +166,6 @@ def _names_of_file(path: Path, classes: Sequence[str]) -> list[str]:
     return names
 
 
-def _plain(name: str) -> str:
+def readable(name: str) -> str:
+    """A label as words: `-` and `_` become spaces."""
     return name.replace("-", " ").replace("_", " ")

@@ -171,6 +171,13 @@ class HeadSection(Section):
 
     kind: str = setting("bn_linear", choices=("bn_linear", "linear"))
     """"bn_linear": BatchNorm1d without affine, then Linear (published); "linear": Linear alone."""
+    start: str = setting("random", choices=("random", "zero_shot"))
+    """Weights that training starts from: drawn (published), or the classes' texts through the text tower, times the
+    logit scale. Those are zero-shot's own logits on features that are projected and of unit length."""
+    prompt: str = "{}"
+    """Text of a class for "zero_shot"; `{}` is its name, with `-` and `_` read as spaces."""
+    class_weights: str = setting("none", choices=("none", "auto"))
+    """"auto" weighs the loss of a class by the inverse of its share of train."""
 
 
 @dataclass
@@ -282,3 +289,16 @@ class Recipe:
     trainer: TrainerSection = field(default_factory=TrainerSection)
     baselines: BaselinesSection = field(default_factory=BaselinesSection)
     expected: ExpectedSection = field(default_factory=ExpectedSection)
+
+    def __post_init__(self) -> None:
+        features, head = self.features, self.head
+        problems = []
+        if head.start == "zero_shot" and not (features.projected and features.l2norm and head.kind == "linear"):
+            problems.append(
+                "head.start is 'zero_shot', whose weights fit projected features of unit length alone; set "
+                "features.projected=true, features.l2norm=true and head.kind=linear"
+            )
+        if self.run.seeds and features.mode != "cached":
+            problems.append("run.seeds repeats the training on stored features; set features.mode=cached")
+        if problems:
+            raise RecipeError("\n".join(problems))

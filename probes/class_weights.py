@@ -1,0 +1,11 @@
+"""Weights of classes in a loss."""
+
+from __future__ import annotations
+
+import torch
+
+
+def balanced_weights(counts: torch.Tensor) -> torch.Tensor:
+    """Weight of each class, N / (C · count), from counts [C]; 0 for a class without images."""
+    present = counts.clamp(min=1).float()
+    return torch.where(counts > 0, counts.sum() / (len(counts) * present), torch.zeros_like(present))
