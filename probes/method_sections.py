@@ -50,8 +50,11 @@ class LogisticSection(Section):
     """Fit again with the chosen C on train and hold-out together."""
     tolerance: float = setting(1e-4, low=0.0)
     """Largest excess over the minimum of the objective, relative."""
-    max_iterations: int = setting(1000, low=1)
+    max_iterations: int = setting(100, low=1)
     """Steps of the solver at most, for each C."""
+    solver: str = setting("newton", choices=("newton", "sklearn"))
+    """"newton": truncated Newton, each C solved from the one before; "sklearn": scikit-learn's L-BFGS, as a
+    reference, which needs more steps."""
 
     @property
     def path(self) -> list[float]:
