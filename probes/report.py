@@ -19,6 +19,7 @@ from probes.confusion import (
     wilson_interval,
 )
 from probes.figures import LogRows, draw_curves, draw_thumbnail
+from probes.intervals import summarise_repeats
 from probes.report_text import (
     describe_run,
     describe_score,
@@ -90,6 +91,7 @@ def write_report(
         "correct": correct,
         "interval": result.interval or wilson_interval(correct, samples),
         "sentence": describe_run(result),
+        "repeats": summarise_repeats(result.repeats),
         "selection": describe_selection(result, has_epochs=bool(log)),
         "warnings": find_warnings(result, log, predictions, has_reference=reference_log is not None),
         "bars": build_bars(result, predictions),

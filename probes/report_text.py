@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METHODS = {
     "linear": "A linear classifier was trained on the features of {encoder}, which itself stayed unchanged",
     "logistic": "Logistic regression was fitted on the features of {encoder}, which itself stayed unchanged",
+    "ridge": "Ridge regression was solved on the features of {encoder}, which itself stayed unchanged",
     "knn": "Every image was classified by its nearest neighbours in the features of {encoder}",
     "zeroshot": "Every image was compared with the class names by {encoder}, without any training",
     "finetune": "{encoder} and a classifier on top of it were trained together",

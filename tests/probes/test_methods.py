@@ -184,6 +184,9 @@ def test_seeds_and_shots_are_repetitions_of_one_extraction(method, capsys):
     mean, half = mean_interval(of_four)
     assert f"4 shots: top-1 {mean:.2f} ± {half:.2f}" in out
     assert read_result()["scores"][0]["top1"] == of_four[0]
+    report = Path("run/report.html").read_text(encoding="utf-8")
+    assert f"4 shots: top-1 {mean:.2f} ± {half:.2f}" in report
+    assert "All 6 repetitions" in report
     assert method("run.seeds=[0,1]", "run.on_existing=overwrite") == 0
     assert capsys.readouterr().out.count("from the cache") == 2, "train and test; nothing is extracted again"
 
