@@ -71,3 +71,18 @@ def test_a_run_is_compared_as_it_trains(png_digits, tiny_model, tmp_path, monkey
     result = json.loads(Path("second/result.json").read_text())
     assert result["facts"]["published curve"].startswith("1 of 2 epochs on track; first off by test_acc1")
     assert "published" in Path("second/report.html").read_text()
+
+
+def test_the_published_recipe_at_reduced_size(png_digits, tiny_model, tmp_path, monkeypatch, capsys):
+    """Online, augmented views, LARS, BatchNorm groups and accumulation as published, on few real images."""
+    monkeypatch.chdir(REPO)  # where the recipe finds its published log
+    argv = [str(REPO / "recipes" / "imagenet1k" / "linear_224.yaml"), *tiny_model.overrides]
+    argv += ["model.image_size=null", f"data.train={png_digits.train}", f"data.test={png_digits.test}"]
+    argv += ["data.train_size=48", "data.num_classes=4", "data.workers=0", "trainer.precision=bf16"]
+    argv += ["trainer.global_batch=16", "trainer.micro_batch=8", "schedule.epochs=2", "schedule.warmup_epochs=1"]
+    assert main([*argv, f"run.dir={tmp_path / 'run'}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    published = (REPO / "logs" / "reference" / "linear_224.csv").read_text().splitlines()[0].split(",")
+    assert [set(row) for row in rows] == [set(published)] * 2
+    assert rows[0]["train_lr"] == pytest.approx(sum(step / 2 for step in range(3)) / 3), "peak 1.0 after 3 steps"
+    assert "off by train_lr" in capsys.readouterr().out, "this is not the published run, and it says so"
