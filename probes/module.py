@@ -126,7 +126,8 @@ class LinearProbe(LightningModule):
         self._rates, self._gradient_norms = [], []
         self.history.append(row)
         self._select(row)
-        self.log_dict({key: float(value) for key, value in row.items() if key not in ("epoch", "n_parameters")})
+        figures = {key: float(value) for key, value in row.items() if key not in ("epoch", "n_parameters")}
+        self.log_dict(figures, rank_zero_only=True)  # the meters have summed over processes
         if self.on_row is not None and self.trainer.is_global_zero:
             self.on_row(row)
 
