@@ -36,7 +36,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     from probes.splits import describe, prepare_splits
 
     check_recipe(recipe)
-    splits = prepare_splits(recipe.data, recipe.run.seed)
+    splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
     run = RunFolder.create(recipe, recipe_path)
@@ -46,22 +46,31 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
 
     from finetune.finish import export, load_reported, predict
     from finetune.fit import fit_classifier
+    from finetune.multi_label import collect_precisions, finish_multi_label, predict_logits
 
     planned = settle_batch(recipe, len(splits.classes))
     fitted = fit_classifier(planned, splits, run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
     weights = load_reported(run, fitted)
-    predictions = predict(fitted.module.model, fitted.data.loader(reported.name), reported)
-    result = summarise(recipe, recipe_path, splits, fitted, reported, len(predictions.keys))
+    model, batches = fitted.module.model, fitted.data.loader(reported.name)
+    several = reported.multi_hot is not None
+    scored: Any = predict_logits(model, batches) if several else predict(model, batches, reported)
+    samples = len(scored[1]) if several else len(scored.keys)
+    result = summarise(recipe, recipe_path, splits, fitted, reported, samples)
     if recipe.tune.what == "lora":
         from finetune.lora import merge_lora
 
-        merge_lora(fitted.module.model)
-    export(run, fitted.module.model)
+        merge_lora(model)
+    export(run, model)
     result.facts["weights of model.safetensors"] = weights
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
-    finish_run(run, recipe, result, predictions, reported, reference_log=reference.rows if reference else None)
+    if several:
+        finish_multi_label(
+            run, recipe, result, collect_precisions(fitted.module, samples, reported.name), reported, *scored
+        )
+        return
+    finish_run(run, recipe, result, scored, reported, reference_log=reference.rows if reference else None)
 
 
 def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> FinetuneRecipe:
@@ -87,7 +96,7 @@ def summarise(
     from finetune.finish import collect_scores, compare_expected
 
     module = fitted.module
-    scores = collect_scores(module, samples, reported.name)
+    scores = [] if module.multi_label else collect_scores(module, samples, reported.name)
     skipped = [
         f"{len(keys)} unreadable image(s) of {name} were left out, the first {min(keys)}."
         for name, keys in fitted.data.skipped.items()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from eva_clip.checkpoints import open_checkpoint
 from eva_clip.classifier import Classifier, build_class_head, build_classifier
 from eva_clip.specs import add_model_config
 from finetune.adapters import freeze
@@ -52,8 +54,11 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
     fresh = report is None or any(name.startswith("classifier.") for name in report.missing)
     start = recipe.head.start
     if start == "checkpoint" and fresh:
+        head = open_checkpoint(recipe.model.weights).num_classes if Path(recipe.model.weights).is_file() else None
+        found = "no head" if head is None else f"a head of {head} classes"
         raise RecipeError(
-            f"head.start is 'checkpoint' and {recipe.model.weights} has no head of {len(splits.classes)} classes; "
+            f"head.start is 'checkpoint' and {recipe.model.weights} has {found}; expected one of "
+            f"{len(splits.classes)} classes; "
             "use head.start=fresh for a new one"
         )
     if start == "fresh" and not fresh:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from eva_clip.transforms import build_eval_transform
 from finetune.build import build_recipe_classifier
-from finetune.checkpoints import KeepCheckpoints, newest_readable
+from finetune.checkpoints import KeepCheckpoints, Terminated, newest_readable
 from finetune.data import FinetuneData
 from finetune.module import FinetuneModule
 from finetune.sections import FinetuneRecipe
 from finetune.views import FinetuneTransform
-from probes.class_weights import balanced_weights
+from probes.class_weights import balanced_weights, positive_weights
 from probes.plan import steps_per_epoch
 from probes.progress import is_terminal
 from probes.schedule import warmup_cosine
@@ -71,6 +71,7 @@ def fit_classifier(
         rates / peak if peak else np.zeros_like(rates),
         data.evaluation_names,
         class_weights=_class_weights(recipe, splits),
+        multi_label=splits.train.multi_hot is not None,
         on_row=on_row,
         on_selected=lambda weights: save_selected(run, module, weights),
         on_non_finite=lambda what, images: _note_non_finite(run, splits, what, images),
@@ -86,7 +87,7 @@ def fit_classifier(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except SystemExit as stop:
-        if trainer.interrupted:  # Lightning turns Ctrl-C into a silent exit
+        if trainer.interrupted and not isinstance(stop, Terminated):  # Lightning turns Ctrl-C into a silent exit
             raise KeyboardInterrupt from stop
         raise
     return Fitted(module, data, notes)
@@ -169,6 +170,9 @@ def weights_of(module: FinetuneModule, weights: str) -> dict[str, torch.Tensor]:
 def _class_weights(recipe: FinetuneRecipe, splits: Splits) -> torch.Tensor | None:
     if recipe.regularisation.class_weights == "none":
         return None
+    shown = splits.train.multi_hot
+    if shown is not None:
+        return positive_weights(torch.from_numpy(shown.sum(axis=0)), len(shown))
     return balanced_weights(torch.bincount(torch.from_numpy(splits.train.targets), minlength=len(splits.classes)))
 
 

@@ -16,6 +16,7 @@ from finetune.layer_decay import build_param_groups
 from finetune.optim import build_optimizer
 from finetune.targets import Mixer, classification_loss
 from probes.metrics import SplitMeter
+from probes.multi_label_meter import build_meter
 from probes.sampling import seeded_generator
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class FinetuneModule(LightningModule):
         schedule: factor of the peak learning rate of every step, float64 [steps].
         evaluation_names: splits that are scored, in the order of the validation loaders.
         class_weights: [C] or None.
+        multi_label: images may show several classes: binary cross-entropy, and mean average precision as the score.
         on_row: called with every epoch's row.
         on_selected: called with the weights' name ("raw", "ema") when they are the best on the selection split so far.
         on_non_finite: called with what went wrong and the split positions of the step's images.
@@ -53,6 +55,7 @@ class FinetuneModule(LightningModule):
         evaluation_names: Sequence[str],
         *,
         class_weights: torch.Tensor | None = None,
+        multi_label: bool = False,
         on_row: Callable[[dict[str, float]], None] | None = None,
         on_selected: Callable[[str], None] | None = None,
         on_non_finite: Callable[[str, list[int]], None] | None = None,
@@ -63,13 +66,19 @@ class FinetuneModule(LightningModule):
         self.schedule = schedule
         self.evaluation_names = list(evaluation_names)
         self.class_weights = class_weights
+        self.multi_label = multi_label
         self.on_row, self.on_selected, self.on_non_finite = on_row, on_selected, on_non_finite
         self.mixer = Mixer(recipe.augment, model.num_classes)
         self.ema: WeightAverage | None = None
         self._ema_state: dict[str, Any] | None = None
         names = ["train", *evaluation_names]
         names += [f"ema_{name}" for name in evaluation_names if recipe.ema.decay is not None]
-        self.meters = nn.ModuleDict({f"{name}_meter": SplitMeter(model.num_classes) for name in names})
+        self.meters = nn.ModuleDict(
+            {
+                f"{name}_meter": build_meter(model.num_classes, multi_label=multi_label, train=name == "train")
+                for name in names
+            }
+        )
         self.history: list[dict[str, float]] = []
         self.selected: dict[str, Any] | None = None
         self._steps: list[list[float]] = []  # of this epoch: highest lr, lowest lr, gradient norm
@@ -109,7 +118,11 @@ class FinetuneModule(LightningModule):
         images, mixed = self.mixer(batch["image"], target)
         logits = self(images)
         loss = classification_loss(
-            logits, mixed, self.recipe.regularisation.label_smoothing, self._weights_on(logits.device)
+            logits,
+            mixed,
+            self.recipe.regularisation.label_smoothing,
+            self._weights_on(logits.device),
+            multi_label=self.multi_label,
         )
         if not torch.isfinite(loss):
             self._handle_non_finite(f"loss {loss.item()}")
@@ -160,7 +173,7 @@ class FinetuneModule(LightningModule):
             "train_lr": math.fsum(highest) / len(highest),
             "train_min_lr": math.fsum(lowest) / len(lowest),
             "train_loss": train["loss"],
-            "train_class_acc": train["acc1"] / 100,
+            **({"train_mean_ap": train["mean_ap"]} if self.multi_label else {"train_class_acc": train["acc1"] / 100}),
             "train_loss_scale": self._loss_scale(),
             "train_weight_decay": self.recipe.optimizer.weight_decay,
             "train_grad_norm": math.fsum(finite) / max(len(finite), 1),
@@ -181,7 +194,7 @@ class FinetuneModule(LightningModule):
         """Layer-decayed groups; the schedule's factor of every step is applied to each group's own rate."""
         section = self.recipe.optimizer
         groups = build_param_groups(self.model, section.lr, section.weight_decay, section.layer_decay)
-        optimizer = build_optimizer(groups, section)
+        optimizer = build_optimizer(groups, section, fused=self.recipe.trainer.precision != "fp16")
         last = len(self.schedule) - 1
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self.schedule[min(step, last)]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -215,7 +228,7 @@ class FinetuneModule(LightningModule):
         if name is None:
             return
         for prefix in self._weight_sets():
-            score = row[f"{prefix}{name}_acc1"]
+            score = row[f"{prefix}{name}_{'mean_ap' if self.multi_label else 'acc1'}"]
             if self.selected is None or score > self.selected["score"]:
                 weights = prefix.removesuffix("_") or "raw"
                 self.selected = {"epoch": int(row["epoch"]), "score": score, "weights": weights}

@@ -10,9 +10,18 @@ if TYPE_CHECKING:
     from finetune.sections import OptimizerSection
 
 
-def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer that a recipe names, over groups that carry their own `lr` and `weight_decay`."""
+def build_optimizer(
+    groups: list[dict[str, Any]], section: OptimizerSection, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names, over groups that carry their own `lr` and `weight_decay`.
+
+    Args:
+        groups: of `build_param_groups`.
+        section: the recipe's.
+        fused: one pass over all tensors. Not with a loss scale: a fused step divides by it itself, and the gradients
+            that are measured and clipped before would still be scaled.
+    """
     if section.name == "sgd":
         return torch.optim.SGD(groups, lr=section.lr, momentum=section.beta1)
     betas = (section.beta1, section.beta2)
-    return torch.optim.AdamW(groups, lr=section.lr, betas=betas, eps=section.eps)
+    return torch.optim.AdamW(groups, lr=section.lr, betas=betas, eps=section.eps, fused=fused)

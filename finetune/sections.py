@@ -70,9 +70,10 @@ class RegularisationSection(Section):
     skip_dropped: bool = True
     """Leave the work of dropped samples out instead of multiplying it by zero; the same in expectation."""
     label_smoothing: float = setting(0.3, low=0.0, high=0.99)
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is spread over all classes; with several labels an image, over yes and no."""
     class_weights: str = setting("none", choices=("none", "auto"))
-    """"auto" weighs the loss of a class by the inverse of its share of train."""
+    """"auto" weighs the loss of a class by the inverse of its share of train; with several labels an image, that of
+    its positives by how many negatives there are for one."""
 
 
 @dataclass

@@ -21,18 +21,19 @@ class CsvSource(Files):
         path: the CSV file, UTF-8 with or without a byte-order mark.
         split: the split to keep where the file has a `split` column; None keeps all rows.
         media: "image" or "video", what the files are.
+        multi_label: an empty label is an image of no class; else it is a mistake.
 
     Raises:
         RecipeError: a column is missing, no row is of the split, or rows are wrong or name missing files.
     """
 
-    def __init__(self, path: str | Path, split: str | None, media: str = "image") -> None:
+    def __init__(self, path: str | Path, split: str | None, media: str = "image", *, multi_label: bool = False) -> None:
         super().__init__([str(path)], Path(path).parent, media)
         rows, has_split = _read_rows(Path(path))
         first_row: dict[str, int] = {}
         wrong, missing = [], []
         for number, image, label, row_split in rows:
-            if not image or not label:
+            if not image or not (label or multi_label):
                 wrong.append(f"row {number} has an empty {'path' if not image else 'label'}")
                 continue
             first = first_row.setdefault(posixpath.normpath(image), number)

@@ -20,7 +20,7 @@ from probes.source_contract import decode as decode  # an image's bytes, for cal
 from probes.splits import Split, Splits
 
 Batch = dict[str, Any]
-"""`image` float32 [B, 3, H, W], `target` int64 [B], `index` int64 [B] (position in the split);
+"""`image` float32 [B, 3, H, W], `target` int64 [B] or multi-hot bool [B, C], `index` int64 [B] (position in the split);
 `skipped`, a list of the positions left out as unreadable."""
 Transform = Callable[..., torch.Tensor]
 """PIL image to float32 [3, H, W]; a training transform also takes a `torch.Generator`."""
@@ -32,7 +32,8 @@ class Sample:
 
     image: torch.Tensor
     """float32 [3, H, W]."""
-    target: int
+    target: int | torch.Tensor
+    """Class index, or bool [C] of an image that may show several."""
     index: int
 
 
@@ -87,7 +88,8 @@ class SplitDataset(Dataset[Sample | Unreadable]):
             view = self.transform(image)
         else:
             view = self.transform(image, seeded_generator(self.seed, epoch, position))
-        return Sample(view, int(self.split.targets[index]), index)
+        shown = self.split.multi_hot
+        return Sample(view, int(self.split.targets[index]) if shown is None else torch.from_numpy(shown[index]), index)
 
 
 class SplitLoader(DataLoader[Any]):
@@ -216,10 +218,16 @@ def collate(samples: Sequence[Sample | Unreadable]) -> Batch:
     read = [sample for sample in samples if isinstance(sample, Sample)]
     return {
         "image": torch.stack([sample.image for sample in read]) if read else torch.empty(0, 3, 0, 0),
-        "target": torch.tensor([sample.target for sample in read], dtype=torch.int64),
+        "target": _stack_targets([sample.target for sample in read]),
         "index": torch.tensor([sample.index for sample in read], dtype=torch.int64),
         "skipped": [sample.index for sample in samples if isinstance(sample, Unreadable)],
     }
+
+
+def _stack_targets(targets: Sequence[int | torch.Tensor]) -> torch.Tensor:
+    """int64 [B], or bool [B, C] from multi-hot rows."""
+    rows = [target for target in targets if isinstance(target, torch.Tensor)]
+    return torch.stack(rows) if rows else torch.tensor(targets, dtype=torch.int64)
 
 
 def available_cores() -> int:

@@ -81,8 +81,13 @@ PANELS: tuple[tuple[str, str, Mapping[str, tuple[str, float]]], ...] = (
         },
     ),
     (
+        "Mean average precision",
+        "Mean average precision (%)",
+        {name: (f"{name}_mean_ap", 1.0) for name in ("train", "holdout", "val", "test")},
+    ),
+    (
         "Loss",
-        "Cross-entropy (nats per image)",
+        "Cross-entropy (nats)",
         {name: (f"{name}_loss", 1.0) for name in ("train", "holdout", "val", "test")},
     ),
     ("Learning rate", "Learning rate (step size)", {"lr": ("train_lr", 1.0)}),

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `--plan` prints."""
+    if recipe.bank.lrs:
+        from probes.bank_plan import plan_bank
+
+        return plan_bank(recipe)
     from probes.plan import plan_linear
 
     return plan_linear(recipe)
@@ -30,6 +34,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def execute(recipe: Recipe, recipe_path: str) -> None:
     """One run, from recipe to report."""
+    if recipe.bank.lrs:
+        from probes.bank_run import execute_bank
+
+        execute_bank(recipe, recipe_path)
+        return
     start = time.monotonic()
     asked = recipe
     if recipe.run.seeds:
@@ -114,10 +123,11 @@ class EpochLines:
                 print(f"epoch {row['epoch']:.0f}: {verdict}", flush=True)
             return
         self.last_line = now
-        accuracies = ", ".join(f"{k.removesuffix('_acc1')} {v:.2f}" for k, v in row.items() if k.endswith("_acc1"))
+        end, what = ("_mean_ap", "mean AP") if "train_mean_ap" in row else ("_acc1", "top-1")
+        accuracies = ", ".join(f"{k.removesuffix(end)} {v:.2f}" for k, v in row.items() if k.endswith(end))
         print(
             f"epoch {row['epoch']:.0f}/{self.epochs - 1}: lr {row['train_lr']:.4g}, loss {row['train_loss']:.4f}, "
-            f"top-1 {accuracies}{f'; {verdict}' if verdict else ''}",
+            f"{what} {accuracies}{f'; {verdict}' if verdict else ''}",
             flush=True,
         )
 

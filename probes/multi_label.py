@@ -64,7 +64,7 @@ def finish_multi_label(
     absent = int(np.isnan(precisions).sum())
     notes = [*notes, *([f"{absent} class(es) have no image and no part in the mean."] if absent else [])]
     expectations = recipe.expected.compare(recipe.model.name, {"mean_average_precision": mean})
-    run.write_text("average_precision.csv", _precision_table(splits.classes, shown, precisions))
+    run.write_text("average_precision.csv", precision_table(splits.classes, shown, precisions))
     content: dict[str, Any] = {
         "method": "probes.zeroshot",
         "classes": splits.classes,
@@ -83,7 +83,7 @@ def finish_multi_label(
         print(f"     note  {note}")
 
 
-def _precision_table(classes: Sequence[str], shown: NDArray[np.bool_], precisions: NDArray[np.float64]) -> str:
+def precision_table(classes: Sequence[str], shown: NDArray[np.bool_], precisions: NDArray[np.float64]) -> str:
     """One line a class: name, images that show it, average precision in percent (empty where none does)."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

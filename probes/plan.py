@@ -31,7 +31,7 @@ def measure_data(data: DataSection, seed: int) -> DataSize:
         return DataSize(data.train_size - held_out, data.num_classes)
     from probes.splits import prepare_splits
 
-    splits = prepare_splits(data, seed)
+    splits = prepare_splits(data, seed, multi_label=data.labels == "multi")  # the run itself refuses where it must
     return DataSize(len(splits.train), len(splits.classes))
 
 

@@ -104,8 +104,9 @@ def describe_selection(result: RunResult, *, has_epochs: bool) -> str:
 def describe_score(score: Score) -> str:
     """What one score means, in one line."""
     if is_oracle(score):
+        over = "heads" if score.setting else "epochs"
         return (
-            "The highest over all epochs on the very images it is scored on. It flatters, so it is no "
+            f"The highest over all {over} on the very images it is scored on. It flatters, so it is no "
             "result; it is here because published runs often quote it."
         )
     if score.chosen_by == "nothing":

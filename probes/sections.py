@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import typing
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from eva_clip.feature_kinds import check_kinds, pool_kinds
-
-
-class RecipeError(ValueError):
-    """A mistake of the user's in a recipe, its overrides or its data; the message says what to do."""
-
-
-class DataAbsent(RecipeError):
-    """Images that a recipe names are not on this disk; everything else about it may be right."""
-
-
-def setting(default: Any = MISSING, *, choices: Sequence[Any] = (), low: Any = None, high: Any = None) -> Any:
-    """A dataclass field with a default, allowed values or an inclusive range."""
-    limits = {"choices": tuple(choices), "low": low, "high": high}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=limits)
-    return field(default=default, metadata=limits)
-
-
-class Section:
-    """Base of all sections: rejects values outside a field's choices or range."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        for item in fields(typing.cast(Any, self)):
-            value, limits = getattr(self, item.name), item.metadata
-            if value is None or not limits:
-                continue
-            if isinstance(value, float) and not math.isfinite(value):
-                problems.append(f"{item.name} is {value!r}; expected a finite number")
-                continue
-            if limits["choices"] and value not in limits["choices"]:
-                expected = ", ".join(map(str, limits["choices"]))
-                problems.append(f"{item.name} is {value!r}; expected one of {expected}")
-            if limits["low"] is not None and value < limits["low"]:
-                problems.append(f"{item.name} is {value!r}; expected at least {limits['low']}")
-            if limits["high"] is not None and value > limits["high"]:
-                problems.append(f"{item.name} is {value!r}; expected at most {limits['high']}")
-        if problems:
-            raise RecipeError("\n".join(problems))
+from probes.bank_sections import BankSection, check_bank
+from probes.section_base import DataAbsent as DataAbsent
+from probes.section_base import RecipeError as RecipeError
+from probes.section_base import Section as Section
+from probes.section_base import setting as setting
 
 
 @dataclass
@@ -136,10 +98,14 @@ class FeaturesSection(StoredFeaturesSection):
 class DataSection(Section):
     """The images. Relative paths are read from the current folder."""
 
-    format: str = setting("folder", choices=("folder", "csv", "tar", "clip_benchmark", "torchvision"))
+    format: str = setting("folder", choices=("folder", "csv", "tar", "hf", "clip_benchmark", "torchvision"))
     """"folder": one sub-folder per class; "csv": columns path,label[,split]; "tar": WebDataset shards;
     "clip_benchmark" and "torchvision": sets of those libraries. `train`, `val` and `test` are then a set's name there,
     such as `cifar10` or `CIFAR10`, and may name another of its splits than their own: `ImageNet:val`."""
+    image_column: str | None = None
+    """Format "hf" (a folder of `save_to_disk`, parquet files, or a name on Hugging Face's hub): column of images."""
+    label_column: str | None = None
+    """Format "hf": column of the class, or of a list of classes. Null finds it, as it does `image_column`."""
     media: str = setting("image", choices=("image", "video"))
     """"video": every file is a video, and its one centre frame is the image."""
     root: str = "data"
@@ -156,6 +122,9 @@ class DataSection(Section):
     """Share of train held out for selection, stratified by class and seeded; unused when `val` is given."""
     workers: int = setting(4, low=0)
     """Processes that decode images (0: in the main process)."""
+    labels: str = setting("single", choices=("single", "multi"))
+    """"single": each image has one class; "multi": any number, also none. A CSV's label column then holds them with `|`
+    between (`cat|dog`, or nothing), and a library's set may have multi-hot vectors."""
     on_corrupt: str = setting("fail", choices=("fail", "skip"))
     """An unreadable image stops the run, or is left out, counted and listed."""
     train_size: int | None = setting(None, low=1)
@@ -163,6 +132,14 @@ class DataSection(Section):
     number says so and follows what it found."""
     num_classes: int | None = setting(None, low=1)
     """Expected number of classes, used like `train_size`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels == "multi" and self.format in ("folder", "tar"):
+            raise RecipeError(
+                f"labels is 'multi' with format {self.format!r}, which gives an image one class; list the images in a "
+                "CSV (format csv), or use a library's set"
+            )
 
 
 @dataclass
@@ -287,6 +264,7 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
+    bank: BankSection = field(default_factory=BankSection)
     baselines: BaselinesSection = field(default_factory=BaselinesSection)
     expected: ExpectedSection = field(default_factory=ExpectedSection)
 
@@ -300,5 +278,6 @@ class Recipe:
             )
         if self.run.seeds and features.mode != "cached":
             problems.append("run.seeds repeats the training on stored features; set features.mode=cached")
+        problems += check_bank(self)
         if problems:
             raise RecipeError("\n".join(problems))

@@ -16,6 +16,7 @@ from pathlib import Path
 from probes.csv_source import CsvSource
 from probes.dataset_builders import LIBRARY_FORMATS, open_dataset
 from probes.folder_source import FolderSource
+from probes.hf_source import open_hf
 from probes.sections import DataAbsent, RecipeError
 from probes.source_contract import EXPECTED, ImageSource, Samples, short_names
 from probes.tar_source import TarSource
@@ -55,18 +56,30 @@ class ConcatSource(Samples):
 
 
 def open_source(
-    format: str, path: str, split: str, *, media: str = "image", root: str = "data", download: bool = False
+    format: str,
+    path: str,
+    split: str,
+    *,
+    media: str = "image",
+    root: str = "data",
+    download: bool = False,
+    multi_label: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> ImageSource:
     """Open the images of one split.
 
     Args:
-        format: "folder", "csv", "tar", or a library ("clip_benchmark", "torchvision").
+        format: "folder", "csv", "tar", "hf", or a library ("clip_benchmark", "torchvision").
         path: a path, or several separated by commas; `{000..012}` in shards' names is expanded. Of a library the name
             of one set, `SET` or `SET:SPLIT`.
         split: "train", "val" or "test"; chooses the rows of a CSV that has a `split` column, and the library's split.
         media: "image" or "video".
         root: folder of the libraries' sets.
         download: let the library fetch an absent set.
+        multi_label: a CSV may leave the label of an image of no class empty.
+        image_column: of format "hf".
+        label_column: of format "hf".
 
     Raises:
         DataAbsent: nothing is there.
@@ -77,6 +90,11 @@ def open_source(
             if media != "image":
                 raise RecipeError(f"data.media is {media} with format {format}; its sets are of images")
             return open_dataset(format, path, split, root, download)
+        if format == "hf":
+            if media != "image":
+                raise RecipeError(f"data.media is {media} with format {format}; its sets are of images")
+            columns = {"image_column": image_column, "label_column": label_column}
+            return open_hf(path, split, root=root, download=download, **columns)
         paths = split_paths(path, format)
         for item in paths:
             _check_exists(item, format)
@@ -84,7 +102,10 @@ def open_source(
             raise RecipeError(f"{path} names the same path twice")
         if format == "tar":
             return TarSource(paths, media)
-        parts = [FolderSource(item, media) if format == "folder" else CsvSource(item, split, media) for item in paths]
+        parts = [
+            FolderSource(item, media) if format == "folder" else CsvSource(item, split, media, multi_label=multi_label)
+            for item in paths
+        ]
         return parts[0] if len(parts) == 1 else ConcatSource(parts)
     except DataAbsent as error:
         raise DataAbsent(f"data.{split}: {error}") from error

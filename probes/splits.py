@@ -11,12 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probes.csv_source import csv_splits
+from probes.holdout import choose_holdout as choose_holdout
+from probes.label_sets import (
+    build_multi_hot,
+    check_multi_label,
+    check_single_label,
+    label_sets,
+    rarest_classes,
+)
 from probes.sections import DataSection, RecipeError
 from probes.source_contract import ImageSource, some
 from probes.sources import open_source, split_paths
-
-HOLDOUT_STREAM = 0x401D
-"""Second word of the hold-out's seed, so that it shares no draws with anything else that the seed starts."""
 
 
 @dataclass
@@ -29,7 +34,9 @@ class Split:
     indices: NDArray[np.int64]
     """[N] positions in the source, ascending."""
     targets: NDArray[np.int64]
-    """[N] class index of each sample."""
+    """[N] class index of each sample; with `multi_hot` its first class, and 0 for a sample of none."""
+    multi_hot: NDArray[np.bool_] | None = None
+    """[N, C] which classes each sample shows, where it may show several (`data.labels=multi`)."""
     _fingerprint: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -39,7 +46,8 @@ class Split:
 
     def take(self, name: str, positions: NDArray[np.int64] | NDArray[np.bool_]) -> Split:
         """Some of these samples as a split of their own; positions ascend, or are a mask."""
-        return Split(name, self.source, self.indices[positions], self.targets[positions])
+        shown = None if self.multi_hot is None else self.multi_hot[positions]
+        return Split(name, self.source, self.indices[positions], self.targets[positions], shown)
 
     def fingerprint(self) -> str:
         """Hexadecimal sha256 over exactly these samples: names, labels, sizes and times of their files."""
@@ -83,7 +91,7 @@ class Evaluation:
     @property
     def multi_hot(self) -> NDArray[np.bool_]:
         """[N, C] which classes each sample shows; one a sample where it has one label."""
-        shown = self.test.source.multi_hot
+        shown = self.test.multi_hot
         return np.eye(len(self.classes), dtype=np.bool_)[self.test.targets] if shown is None else shown
 
     @property
@@ -92,7 +100,7 @@ class Evaluation:
         return {"test": self.test}
 
 
-def prepare_splits(data: DataSection, seed: int) -> Splits:
+def prepare_splits(data: DataSection, seed: int, *, multi_label: bool = False) -> Splits:
     """Open the sources of a recipe, align their classes and carve the hold-out. Reads no image.
 
     A CSV with a `split` column given as `train` also fills `val` and `test` where the recipe names none.
@@ -100,10 +108,12 @@ def prepare_splits(data: DataSection, seed: int) -> Splits:
     Args:
         data: the recipe's section.
         seed: chooses the hold-out; nothing else does.
+        multi_label: the caller can train on images of several classes (`data.labels=multi`).
 
     Raises:
-        RecipeError: nothing to train on, a path is missing or wrong, fewer than two classes, or a class of
-            val or test that train does not have.
+        RecipeError: nothing to train on, a path is missing or wrong, fewer than two classes, a class of
+            val or test that train does not have, or images of several classes where the recipe or the caller
+            expects one each.
     """
     notes: list[str] = []
     if data.train is None:
@@ -111,15 +121,24 @@ def prepare_splits(data: DataSection, seed: int) -> Splits:
     sources = {"train": _open(data, data.train, "train")}
     paths = _paths_by_split(data, data.train, notes)
     sources |= {name: _open(data, path, name) for name, path in paths.items() if name != "train"}
-    several = [f"data.{name}" for name, source in sources.items() if source.multi_hot is not None]
-    if several:
-        raise RecipeError(f"{', '.join(several)} has images of several classes; a classifier is trained on one each")
-    classes = sort_classes(set(sources["train"].labels))
+    multi = data.labels == "multi"
+    if not multi:
+        check_single_label(sources, notes)
+    elif not multi_label:
+        raise RecipeError(
+            "data.labels is 'multi' and this command trains on one class an image; use python -m finetune, or "
+            "data.labels=single"
+        )
+    sets = {name: label_sets(source) for name, source in sources.items()} if multi else {}
+    labels = {name: set().union(*sets[name]) if multi else set(source.labels) for name, source in sources.items()}
+    classes = sort_classes(labels["train"])
     if len(classes) < 2:
-        raise RecipeError(f"data.train: {paths['train']} has one class ({classes[0]}); a classifier needs two")
-    _check_unknown_classes(sources, classes)
-    _note_differences(data, sources, classes, notes)
-    whole = {name: _whole_split(name, source, classes) for name, source in sources.items()}
+        only = f"one class ({classes[0]})" if classes else "no class"
+        raise RecipeError(f"data.train: {paths['train']} has {only}; a classifier needs two")
+    _check_unknown_classes(labels, classes)
+    _note_differences(data, sources, labels, classes, notes)
+    whole = {name: _whole_split(name, source, classes, sets.get(name)) for name, source in sources.items()}
+    check_multi_label({name: split.multi_hot for name, split in whole.items() if split.multi_hot is not None}, notes)
     train, selection = whole["train"], whole.get("val")
     if selection is None and data.holdout > 0:
         train, selection = _carve_holdout(train, data.holdout, seed, notes)
@@ -139,21 +158,20 @@ def open_evaluation_split(data: DataSection) -> Evaluation:
     if data.test is None:
         raise RecipeError("data.test is null; name the images to score, such as data.test=path/to/test")
     source = _open(data, data.test, "test")
-    if source.multi_hot is not None and source.classes is not None:
-        targets = source.multi_hot.argmax(axis=1).astype(np.int64)
-        split = Split("test", source, np.arange(len(source), dtype=np.int64), targets)
-        return Evaluation(source.classes, split, [])
-    classes = sort_classes(set(source.labels)) if source.classes is None else source.classes
+    several = data.labels == "multi" or source.multi_hot is not None
+    sets = label_sets(source) if several else None
+    labels = set(source.labels) if sets is None else set().union(*sets)
+    classes = sort_classes(labels) if source.classes is None else source.classes
     if not classes:
         raise RecipeError(f"data.test: {data.test} has no classes; expected labelled images")
-    return Evaluation(classes, _whole_split("test", source, classes), [])
+    return Evaluation(classes, _whole_split("test", source, classes, sets), [])
 
 
 def describe(splits: Splits | Evaluation) -> dict[str, Any]:
     """What `data.json` of a run folder holds: classes, notes, and paths, counts, fingerprint per split."""
     described = {}
     for name, split in splits.named.items():
-        shown = split.source.multi_hot
+        shown = split.multi_hot
         counts = np.bincount(split.targets, minlength=len(splits.classes)) if shown is None else shown.sum(axis=0)
         described[name] = {
             "paths": split.source.paths,
@@ -171,31 +189,18 @@ def sort_classes(labels: set[str]) -> list[str]:
     return sorted(labels)
 
 
-def choose_holdout(targets: NDArray[np.int64], keys: list[str], share: float, seed: int) -> NDArray[np.bool_]:
-    """Which samples a stratified hold-out takes: of each class `round(share * n)`, never all of it.
-
-    Args:
-        targets: [N] class index of each sample.
-        keys: N names; the choice depends on them and not on the samples' order.
-        share: between 0 and 1.
-        seed: of a generator of its own, one stream per class.
-
-    Returns:
-        bool [N], true for held-out samples.
-    """
-    held = np.zeros(len(targets), dtype=np.bool_)
-    names = np.array(keys, dtype=object)
-    for target in np.unique(targets):
-        members = np.flatnonzero(targets == target)
-        members = members[np.argsort(names[members])]
-        count = min(round(share * len(members)), len(members) - 1)
-        generator = np.random.default_rng([seed, HOLDOUT_STREAM, int(target)])
-        held[generator.permutation(members)[:count]] = True
-    return held
-
-
 def _open(data: DataSection, path: str, split: str) -> ImageSource:
-    return open_source(data.format, path, split, media=data.media, root=data.root, download=data.download)
+    return open_source(
+        data.format,
+        path,
+        split,
+        media=data.media,
+        root=data.root,
+        download=data.download,
+        multi_label=data.labels == "multi",
+        image_column=data.image_column,
+        label_column=data.label_column,
+    )
 
 
 def _paths_by_split(data: DataSection, train: str, notes: list[str]) -> dict[str, str]:
@@ -216,10 +221,10 @@ def _fill_from_column(named: dict[str, str | None], train: str, notes: list[str]
             notes.append(f"{name} is the rows of split {name!r} in {named[name]}")
 
 
-def _check_unknown_classes(sources: dict[str, ImageSource], classes: list[str]) -> None:
+def _check_unknown_classes(labels: dict[str, set[str]], classes: list[str]) -> None:
     problems = []
-    for name, source in sources.items():
-        unknown = sort_classes(set(source.labels) - set(classes))
+    for name, found in labels.items():
+        unknown = sort_classes(found - set(classes))
         if not unknown:
             continue
         hints = []
@@ -235,6 +240,7 @@ def _check_unknown_classes(sources: dict[str, ImageSource], classes: list[str]) 
 def _note_differences(
     data: DataSection,
     sources: dict[str, ImageSource],
+    labels: dict[str, set[str]],
     classes: list[str],
     notes: list[str],
 ) -> None:
@@ -243,8 +249,8 @@ def _note_differences(
         expected = dataclasses.asdict(data)[key]
         if expected is not None and expected != value:
             notes.append(f"data.{key} is {expected:,} but {value:,} were found; the run follows what was found")
-    for name, source in sources.items():
-        absent = sort_classes(set(classes) - set(source.labels))
+    for name, occurring in labels.items():
+        absent = sort_classes(set(classes) - occurring)
         if absent:
             notes.append(f"{name} has no sample of {len(absent)} class(es) of train: {some(absent)}")
     if data.format != "csv":  # a CSV's splits are told apart by rows
@@ -254,19 +260,34 @@ def _note_differences(
                 notes.append(f"{first} and {second} are the same images; the score on {second} is not independent")
 
 
-def _whole_split(name: str, source: ImageSource, classes: list[str]) -> Split:
+def _whole_split(name: str, source: ImageSource, classes: list[str], sets: list[list[str]] | None) -> Split:
+    indices = np.arange(len(source), dtype=np.int64)
+    if sets is not None:
+        shown = build_multi_hot(sets, classes)
+        return Split(name, source, indices, shown.argmax(axis=1).astype(np.int64), shown)
     position = {label: index for index, label in enumerate(classes)}
     targets = np.array([position[label] for label in source.labels], dtype=np.int64)
-    return Split(name, source, np.arange(len(source), dtype=np.int64), targets)
+    return Split(name, source, indices, targets)
 
 
 def _carve_holdout(train: Split, share: float, seed: int, notes: list[str]) -> tuple[Split, Split | None]:
-    held = choose_holdout(train.targets, train.keys, share, seed)
+    """A seeded hold-out, stratified by class; where images show several, by the rarest of each."""
+    strata = train.targets if train.multi_hot is None else rarest_classes(train.multi_hot)
+    held = choose_holdout(strata, train.keys, share, seed)
     if not held.any():
         notes.append(f"data.holdout {share} of train leaves no image out of any class; there is no selection split")
         return train, None
     rest, holdout = train.take("train", ~held), train.take("holdout", held)
-    missing = len(set(train.targets.tolist()) - set(holdout.targets.tolist()))
+    missing = len(_occurring(train) - _occurring(holdout))
+    lost = len(_occurring(train) - _occurring(rest))
+    if lost:
+        notes.append(f"the hold-out takes every image of {lost} class(es); change run.seed or lower data.holdout")
     if missing:
         notes.append(f"{missing} class(es) are too small to give an image to the hold-out")
     return rest, holdout
+
+
+def _occurring(split: Split) -> set[int]:
+    """Indices of the classes that a split shows."""
+    found = split.targets if split.multi_hot is None else np.flatnonzero(split.multi_hot.any(axis=0))
+    return set(found.tolist())

@@ -92,7 +92,7 @@ def _open(recipe: ZeroShotRecipe) -> tuple[Evaluation, Prompts]:
     from probes.splits import open_evaluation_split
 
     splits = open_evaluation_split(recipe.data)
-    if recipe.scoring.kind == "single" and splits.test.source.multi_hot is not None:
+    if recipe.scoring.kind == "single" and splits.test.multi_hot is not None:
         raise RecipeError(f"data.test: {recipe.data.test} shows several classes an image; use scoring.kind=multi_label")
     return splits, resolve_prompts(recipe.prompts, splits)
 
