@@ -146,6 +146,7 @@ def timm_config(spec: ModelSpec, num_classes: int, global_pool: str) -> dict[str
         "depth": vision.layers,
         "num_heads": vision.width // vision.head_width,
         "mlp_ratio": vision.mlp_ratio,
+        "global_pool": global_pool,  # the entry of that name below does not reach the model
     }
     if spec.quick_gelu:
         arguments["act_layer"] = "quick_gelu"

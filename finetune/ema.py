@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from finetune.sharding import copy_whole, gather, is_sharded
 
 
 class WeightAverage:
@@ -47,18 +49,19 @@ class WeightAverage:
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Put the average into the model for the length of a `with` block; the raw weights return unchanged."""
         weights = trainable(model)
+        put = copy_all if is_sharded(model) else exchange_all  # a shard's storage cannot be exchanged
         raw = {name: parameter.data for name, parameter in weights.items()}
+        if put is copy_all:
+            raw = {name: tensor.clone() for name, tensor in raw.items()}
         try:
-            for name, parameter in weights.items():
-                parameter.data = self.average[name].to(parameter.dtype)
+            put(weights, self.average)
             yield
         finally:
-            for name, parameter in weights.items():
-                parameter.data = raw[name]
+            put(weights, raw)
 
     def state_dict(self) -> dict[str, Any]:
         """Average, decay and update count, for a checkpoint."""
-        return {"decay": self.decay, "updates": self.updates, "average": self.average}
+        return {"decay": self.decay, "updates": self.updates, "average": gather(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -73,10 +76,23 @@ class WeightAverage:
                 "the recipe that the run was started with"
             )
         for name, tensor in state["average"].items():
-            self.average[name].copy_(tensor)
+            copy_whole(self.average[name], tensor)
         self.updates = int(state["updates"])
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that take gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def copy_all(weights: Mapping[str, nn.Parameter], source: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite weights with tensors of the same names."""
+    for name, parameter in weights.items():
+        parameter.copy_(source[name])
+
+
+def exchange_all(weights: Mapping[str, nn.Parameter], source: Mapping[str, torch.Tensor]) -> None:
+    """Let weights stand on tensors of the same names, without a copy where the type is theirs."""
+    for name, parameter in weights.items():
+        parameter.data = source[name].to(parameter.dtype)

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from eva_clip.export import save_for_timm
+from finetune.build import build_untrained
 from finetune.fit import Fitted, load_selected, weights_of
 from finetune.sections import ExpectedSection
+from finetune.sharding import is_sharded
 from probes.results import Expectation, Predictions, Score
 from probes.scoring import collect_predictions
 
@@ -67,6 +69,8 @@ def load_reported(run: RunFolder, fitted: Fitted) -> str:
     for kind, state in states.items():
         if run.writes:
             save_file(state, run.path / f"last_{kind}.safetensors", {"weights": kind, "epoch": "last"})
+    if is_sharded(module.model):  # from here on every process has a whole model
+        module.model = build_untrained(module.recipe, module.model.num_classes, None)
     if module.selected is not None:
         load_selected(run, module)
         return f"{module.selected['weights']} of epoch {module.selected['epoch']}"

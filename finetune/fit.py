@@ -22,6 +22,7 @@ from finetune.checkpoints import KeepCheckpoints, Terminated, newest_readable
 from finetune.data import FinetuneData
 from finetune.module import FinetuneModule
 from finetune.sections import FinetuneRecipe
+from finetune.sharding import build_strategy, gather
 from finetune.views import FinetuneTransform
 from probes.class_weights import balanced_weights, positive_weights
 from probes.plan import steps_per_epoch
@@ -129,7 +130,7 @@ def build_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
         accelerator="auto",
         devices=section.devices,
         num_nodes=section.nodes,
-        strategy="ddp" if section.strategy == "auto" and processes > 1 else section.strategy,
+        strategy=build_strategy(section),
         precision=PRECISIONS[section.precision],  # type: ignore[arg-type]
         accumulate_grad_batches=section.global_batch // (section.micro_batch * processes),
         use_distributed_sampler=False,
@@ -163,8 +164,7 @@ def weights_of(module: FinetuneModule, weights: str) -> dict[str, torch.Tensor]:
     """Copy of the model's tensors on the CPU: "raw" or "ema"."""
     averaged = module.ema.average if weights == "ema" and module.ema is not None else {}
     state = {name: averaged.get(name, tensor) for name, tensor in module.model.state_dict().items()}
-    whole = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in whole.items()}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in gather(state).items()}
 
 
 def _class_weights(recipe: FinetuneRecipe, splits: Splits) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from torch import nn
 from finetune.ema import WeightAverage
 from finetune.layer_decay import build_param_groups
 from finetune.optim import build_optimizer
+from finetune.sharding import is_sharded, shard
 from finetune.targets import Mixer, classification_loss
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
@@ -88,6 +89,12 @@ class FinetuneModule(LightningModule):
     def selection_name(self) -> str | None:
         """The split that selects, or None: "test" never does."""
         return next((name for name in self.evaluation_names if name != "test"), None)
+
+    def configure_model(self) -> None:
+        """Shard the model where the recipe's strategy asks for it; Lightning calls this more than once."""
+        if self.recipe.trainer.strategy == "fsdp2" and not is_sharded(self.model):
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"], self.recipe.trainer.precision)
 
     def on_fit_start(self) -> None:
         """Start the average once weights are where they are trained, or continue a checkpoint's."""
@@ -186,7 +193,8 @@ class FinetuneModule(LightningModule):
         self._steps = []
         self.history.append(row)
         self._select(row)
-        self.log_dict({key: float(value) for key, value in row.items() if key not in ("epoch", "n_parameters")})
+        figures = {key: float(value) for key, value in row.items() if key not in ("epoch", "n_parameters")}
+        self.log_dict(figures, rank_zero_only=True)  # the meters have summed over processes
         if self.on_row is not None and self.trainer.is_global_zero:
             self.on_row(row)
 

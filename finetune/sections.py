@@ -120,8 +120,10 @@ class TrainerSection(Section):
     """Number of machines."""
     precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
     """Precision of the forward and backward pass; weights, optimizer, loss and norms are fp32."""
-    strategy: str = setting("auto", choices=("auto", "ddp"))
-    """"auto" is "ddp" with several devices."""
+    strategy: str = setting("auto", choices=("auto", "ddp", "fsdp2"))
+    """"auto" is "ddp" with several devices; "fsdp2" spreads weights, gradients, moments and average over them."""
+    timeout_s: float = setting(1800.0, low=1.0)
+    """Seconds after which a process gives up waiting for the others (one of them has died)."""
     checkpointing: bool | None = None
     """Recompute activations in the backward pass; null lets the planner decide."""
     non_finite: str = setting("stop", choices=("stop", "skip"))

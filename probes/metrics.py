@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed import all_reduce, get_rank, is_initialized
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -30,17 +31,18 @@ class SplitMeter(torch.nn.Module):
         self.accuracy.update(logits, targets)
 
     def totals(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Sums so far, for a checkpoint inside an epoch."""
+        """Sums so far over all processes, for a checkpoint inside an epoch; all of them call this together."""
         return {
-            name: {key: torch.as_tensor(value) for key, value in metric.metric_state.items()}
+            name: {key: _sum_over_processes(torch.as_tensor(value)) for key, value in metric.metric_state.items()}
             for name, metric in self._metrics().items()
         }
 
     def load_totals(self, totals: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Continue from `totals()`."""
+        """Continue from `totals()`: the first process takes them over, the others begin at 0."""
+        first = not is_initialized() or get_rank() == 0
         for name, metric in self._metrics().items():
             for key, value in totals[name].items():
-                setattr(metric, key, value.to(metric.device))
+                setattr(metric, key, (value if first else torch.zeros_like(value)).to(metric.device))
             metric._update_count = 1  # else compute() warns that nothing was added
 
     def _metrics(self) -> dict[str, Metric]:
@@ -53,3 +55,10 @@ class SplitMeter(torch.nn.Module):
         self.accuracy.reset()
         self.loss.reset()
         return values
+
+
+def _sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    total = value.clone()
+    if is_initialized():
+        all_reduce(total)
+    return total

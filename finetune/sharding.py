@@ -1,0 +1,67 @@
+"""Fully sharded training (FSDP2): every process holds a part of each weight, gradient, moment and average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from eva_clip.classifier import Classifier
+    from finetune.sections import TrainerSection
+
+
+def build_strategy(section: TrainerSection) -> str | Strategy:
+    """Lightning's strategy of a recipe: "ddp" where "auto" meets several processes."""
+    from datetime import timedelta
+
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+
+    processes, timeout = section.devices * section.nodes, timedelta(seconds=section.timeout_s)
+    if section.strategy == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            timeout=timeout,
+        )
+    if section.strategy == "ddp" or processes > 1:
+        return DDPStrategy(timeout=timeout)
+    return "auto"
+
+
+def shard(model: Classifier, mesh: DeviceMesh, precision: str) -> None:
+    """Shard a classifier in place, block by block, over the processes of a one-dimensional mesh.
+
+    Weights stay fp32; with precision "bf16" they are gathered, and their gradients computed, in bf16 and reduced in
+    fp32. Everything is resharded after its forward pass, the root too: evaluation would otherwise go on with weights
+    gathered before an average was swapped in.
+    """
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in [*model.tower.blocks, model]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether any parameter is spread over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gather(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors of parts; all processes must call it together."""
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy a whole tensor into one that may be a part."""
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
+    target.copy_(whole)

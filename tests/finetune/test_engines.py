@@ -1,0 +1,110 @@
+"""Two processes train as one does: DDP and FSDP2 on the CPU, resumed, and when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPO = Path(__file__).resolve().parents[2]
+ENGINES = ["ddp", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def start(png_digits, tiny_model, tmp_path_factory):
+    """Starts a fine-tune as a process, in a folder under one for this file."""
+    base = tmp_path_factory.mktemp("engines")
+
+    def run(folder: str, *more: str) -> tuple[subprocess.Popen, Path]:
+        argv = [str(REPO / "recipes" / "quickstart" / "finetune.yaml"), *tiny_model.overrides, "data.format=folder"]
+        argv += [f"data.train={png_digits.train}", f"data.test={png_digits.test}", "data.workers=0"]
+        argv += ["trainer.global_batch=8", "trainer.micro_batch=4", "schedule.epochs=4", "schedule.warmup_epochs=1"]
+        argv += ["regularisation.drop_path=0.0", "ema.decay=0.9", f"run.dir={folder}", "checkpoint.every_steps=2"]
+        argv += ["run.on_existing=resume", *more]
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "finetune", *argv]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=base, env=environment, stdout=pipe, stderr=pipe, text=True), base / folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one(start):
+    """The run of one process."""
+    process, folder = start("one")
+    finish(process)
+    return folder
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error[-3000:]
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+
+
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    while process.poll() is None and not list(folder.glob("checkpoints/step-*.ckpt")):
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_are_one_also_when_stopped(start, one, engine):
+    two = [engine, f"trainer.strategy={engine}", "trainer.devices=2"]
+    process, folder = start(*two)
+    wait_for_checkpoint(process, folder)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=200)
+    assert process.returncode == 143
+    assert not (folder / "result.json").exists(), "it was stopped"
+    finish(start(*two)[0])
+    for row, other in zip(read_rows(one), read_rows(folder), strict=True):
+        assert other == pytest.approx(row, rel=1e-4, abs=1e-6)
+    for kind in ("raw", "ema"):
+        first, second = load_file(one / f"last_{kind}.safetensors"), load_file(folder / f"last_{kind}.safetensors")
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            torch.testing.assert_close(
+                second[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text
+            )
+    lines = [(run / "predictions.csv").read_text().splitlines() for run in (one, folder)]
+    assert len(lines[0]) == len(lines[1]) == 1 + 20, "every image once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_when_one_of_two_dies_the_other_ends(start, victim):
+    process, folder = start(
+        victim, "trainer.strategy=ddp", "trainer.devices=2", "trainer.timeout_s=20", "schedule.epochs=5000"
+    )
+    wait_for_checkpoint(process, folder)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = next(int(pid) for pid in children if b"finetune" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    killed, other = (process.pid, second) if victim == "first" else (second, process.pid)
+    os.kill(killed, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    deadline = time.monotonic() + 60
+    while is_running(other):
+        assert time.monotonic() < deadline, "the other process still waits"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "\nState:\tZ" not in status.read_text()
+    except OSError:
+        return False
