@@ -12,6 +12,7 @@ from eva_clip.classifier import Classifier, build_class_head, build_classifier
 from eva_clip.specs import add_model_config
 from finetune.adapters import freeze
 from finetune.drop_path import skip_dropped_paths
+from finetune.head_start import build_start_head
 from finetune.sections import FinetuneRecipe
 from probes.sections import RecipeError
 
@@ -54,8 +55,8 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
     fresh = report is None or any(name.startswith("classifier.") for name in report.missing)
     start = recipe.head.start
     if start == "checkpoint" and fresh:
-        head = open_checkpoint(recipe.model.weights).num_classes if Path(recipe.model.weights).is_file() else None
-        found = "no head" if head is None else f"a head of {head} classes"
+        count = open_checkpoint(recipe.model.weights).num_classes if Path(recipe.model.weights).is_file() else None
+        found = "no head" if count is None else f"a head of {count} classes"
         raise RecipeError(
             f"head.start is 'checkpoint' and {recipe.model.weights} has {found}; expected one of "
             f"{len(splits.classes)} classes; "
@@ -64,6 +65,13 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
     if start == "fresh" and not fresh:
         model.head = build_class_head(recipe.head.kind, model.spec.vision.width, model.num_classes)
         notes.append("the file's head was not taken: head.start is 'fresh'")
+    if start in ("probe", "zero_shot", "linear_probe"):
+        head = build_start_head(recipe, splits)
+        assert isinstance(model.head, torch.nn.Linear)
+        with torch.no_grad():
+            model.head.weight.copy_(head.weight)
+            model.head.bias.copy_(head.bias)
+        notes.append(head.note)
     if recipe.trainer.checkpointing:
         model.tower.set_grad_checkpointing(True)
     return model.train(), notes  # Lightning leaves a module in the mode that it comes in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from probes.sections import DataSection, ModelSection, RunSection, ScheduleSection, Section, setting
+from probes.sections import DataSection, ModelSection, RecipeError, RunSection, ScheduleSection, Section, setting
 
 
 @dataclass
@@ -15,9 +15,24 @@ class HeadSection(Section):
     """"gap": mean of the patch tokens, then a fresh `fc_norm` (published); "cls": final-norm class token."""
     kind: str = setting("linear", choices=("linear", "bn_linear"))
     """"linear" (published), or "bn_linear": BatchNorm1d without affine in front."""
-    start: str = setting("fresh", choices=("fresh", "checkpoint"))
+    start: str = setting("fresh", choices=("fresh", "checkpoint", "probe", "zero_shot", "linear_probe"))
     """"fresh": normal, standard deviation 2e-5 (published); "checkpoint": the weight file's own head, which must have
-    the data's classes."""
+    the data's classes; "probe": the head of the finished probe in `probe`; "zero_shot": the classes' texts;
+    "linear_probe": a probe that is fitted first (LP-FT). The last three need pool "cls" and kind "linear"."""
+    probe: str | None = None
+    """Run folder of a probe on the class token, or its head.safetensors."""
+    prompt: str = "{}"
+    """Text of a class for "zero_shot"; `{}` is its name, with `-` and `_` read as spaces."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start in ("probe", "zero_shot", "linear_probe") and (self.pool, self.kind) != ("cls", "linear"):
+            raise RecipeError(
+                f"start is {self.start!r} with pool {self.pool!r} and kind {self.kind!r}; such a head is a linear "
+                "layer on the class token: set head.pool=cls and head.kind=linear"
+            )
+        if (self.probe is not None) != (self.start == "probe"):
+            raise RecipeError(f"probe is {self.probe!r} with start {self.start!r}; give a probe with start=probe alone")
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -177,12 +178,27 @@ def describe_repetitions(recipe: MethodRecipe, repetitions: Sequence[tuple[int, 
     return [f"The reported score and the pictures are of the repetition with {of}seed {seed}."]
 
 
-def fit_once(method: Method, drawn: Splits, tables: dict[str, FeatureTable], reported: Split) -> Outcome:
-    """Choose on the selection split, fit again, and score the reported split once."""
-    from probes.zeroshot import score_logits
+@dataclass(frozen=True)
+class Choice:
+    """A method with its setting chosen."""
 
-    whole = tables["train"].whole
-    classes = len(drawn.classes)
+    scorer: Scorer
+    value: float
+    chosen_by: str
+    """The split that chose, or "schedule": the recipe fixes the setting."""
+    candidates: list[dict[str, float]]
+
+
+def choose_and_fit(method: Method, drawn: Splits, tables: Mapping[str, FeatureTable], *, refit: bool) -> Choice:
+    """Choose on the selection split, and fit again.
+
+    Args:
+        method: the method.
+        drawn: train and selection; test is not looked at.
+        tables: features of at least these splits' sources, by split name.
+        refit: whether a hold-out joins train for the last fit.
+    """
+    whole, classes = tables["train"].whole, len(drawn.classes)
     train = _samples(whole.take(drawn.train), classes)
     candidates: list[dict[str, float]] = []
     value, chosen_by = method.fixed, "schedule"
@@ -193,16 +209,22 @@ def fit_once(method: Method, drawn: Splits, tables: dict[str, FeatureTable], rep
             candidates.append({method.setting: tried, **_measure(scorer(held.features), held.targets)})
         best = max(candidates, key=lambda row: row["acc1"])  # of equals the first: the simplest model
         value, chosen_by = best[method.setting], selection.name
-        if method.refit and selection.name == "holdout" and selection is not reported:
+        if refit and selection.name == "holdout":
             train = train.joined(held)
-    scorer = method.fit(train, value)
+    return Choice(method.fit(train, value), value, chosen_by, candidates)
+
+
+def fit_once(method: Method, drawn: Splits, tables: Mapping[str, FeatureTable], reported: Split) -> Outcome:
+    """Choose on the selection split, fit again, and score the reported split once."""
+    from probes.zeroshot import score_logits
+
+    choice = choose_and_fit(method, drawn, tables, refit=method.refit and drawn.selection is not reported)
     table = tables[reported.name]
-    logits = scorer(table.features.float())
-    predictions, score = score_logits(logits, table.index, reported)
-    name = "selected" if candidates else "last"
-    setting = f"{method.setting} = {value:.6g}"
-    chosen = Score(name, score.split, chosen_by, 0, score.top1, score.top5, score.loss, score.samples, setting)
-    return Outcome(chosen, predictions, scorer, candidates)
+    predictions, score = score_logits(choice.scorer(table.features.float()), table.index, reported)
+    name = "selected" if choice.candidates else "last"
+    setting = f"{method.setting} = {choice.value:.6g}"
+    chosen = dataclasses.replace(score, name=name, chosen_by=choice.chosen_by, setting=setting)
+    return Outcome(chosen, predictions, choice.scorer, choice.candidates)
 
 
 def _samples(table: FeatureTable, num_classes: int) -> Samples:

@@ -1,0 +1,156 @@
+"""Classifiers that a fine-tune starts from: a trained probe, the classes' texts, or a probe fitted first (LP-FT)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from probes.sections import RecipeError, StoredFeaturesSection
+
+if TYPE_CHECKING:
+    from finetune.sections import FinetuneRecipe
+    from probes.splits import Splits
+
+BN_EPS = 1e-6
+"""Of the probe's BatchNorm."""
+NORM_IMAGES = 64
+"""Training images that the usual length of an embedding is measured on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StartHead:
+    """A linear classifier on the final-norm class token."""
+
+    weight: torch.Tensor
+    """float32 [C, D]."""
+    bias: torch.Tensor
+    """float32 [C]."""
+    note: str
+    """Where it comes from, in words."""
+
+
+def build_start_head(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
+    """The classifier of `head.start` "probe", "zero_shot" or "linear_probe".
+
+    Raises:
+        RecipeError: the probe is of another model, feature or list of classes.
+        NoTextTowerError: "zero_shot" without a text tower.
+        OSError: no such probe.
+    """
+    if recipe.head.start == "probe":
+        assert recipe.head.probe is not None
+        return read_probe(Path(recipe.head.probe), recipe.model.name, splits.classes)
+    if recipe.head.start == "zero_shot":
+        return from_texts(recipe, splits)
+    return fit_probe_first(recipe, splits)
+
+
+def read_probe(path: Path, model: str, classes: list[str]) -> StartHead:
+    """The head of a probe's run folder, or its `head.safetensors`, in the order of `classes`; BatchNorm is folded.
+
+    Raises:
+        RecipeError: it does not fit; what was found and what was expected are named.
+    """
+    file = path / "head.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise RecipeError(f"head.probe: no head at {file}; expected the run folder of a probe, or its head.safetensors")
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata() or {}
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    if "probe" not in metadata:
+        raise RecipeError(f"head.probe: {file} is no head of a probe; expected a head.safetensors that probes wrote")
+    probe = json.loads(metadata["probe"])
+    _check_probe(probe, file, model, classes)
+    weight, bias = fold(tensors)
+    order = [probe["classes"].index(name) for name in classes]
+    return StartHead(weight[order], bias[order], f"the head starts from the probe {file}")
+
+
+def fold(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a stored head; a BatchNorm without affine in front goes into both."""
+    last = "1" if "1.weight" in tensors else "0"
+    weight, bias = tensors[f"{last}.weight"].double(), tensors[f"{last}.bias"].double()
+    if "0.running_var" in tensors:
+        scale = (tensors["0.running_var"].double() + BN_EPS).rsqrt()
+        weight = weight * scale
+        bias = bias - weight @ tensors["0.running_mean"].double()
+    return weight.float(), bias.float()
+
+
+def _check_probe(probe: dict[str, Any], file: Path, model: str, classes: list[str]) -> None:
+    from eva_clip.specs import get_model_spec
+
+    expected = {"pool": "cls", "projected": False, "l2norm": False}
+    problems = [
+        f"features.{name} is {probe['features'][name]!r}; expected {value!r}, which is what the classifier sees"
+        for name, value in expected.items()
+        if probe["features"][name] != value
+    ]
+    if get_model_spec(probe["model"]).name != get_model_spec(model).name:
+        problems.append(f"model is {probe['model']}; expected {model}")
+    if set(probe["classes"]) != set(classes):
+        missing, more = sorted(set(classes) - set(probe["classes"])), sorted(set(probe["classes"]) - set(classes))
+        problems.append(f"classes differ: the probe lacks {missing[:5]} and has {more[:5]} more")
+    if problems:
+        raise RecipeError("\n".join([f"head.probe: {file} does not fit", *problems]))
+
+
+@torch.no_grad()
+def from_texts(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
+    """Zero-shot as a linear layer on the class token: texts times the projection.
+
+    Zero-shot divides by the length of each image's embedding, which no linear layer can. It scales all logits of an
+    image alike, so predictions are those of zero-shot; for its confidence the mean length on some training images
+    stands in.
+    """
+    from probes.embedding import build_towers
+    from probes.heads import build_zero_shot_weights
+    from probes.prompts import readable
+
+    towers = build_towers(recipe.model, "fp32").cpu()
+    texts = build_zero_shot_weights(towers, [readable(name) for name in splits.classes], [recipe.head.prompt])
+    projection = towers.visual.head
+    length = _mean_length(recipe, splits, towers)
+    scaled = towers.logit_scale.exp() / length * texts  # [C, E]
+    bias = torch.zeros(len(texts)) if projection.bias is None else scaled @ projection.bias
+    note = f"the head starts from the classes' texts (mean embedding length {length:.3g})"
+    return StartHead((scaled @ projection.weight).float(), bias.float(), note)
+
+
+def _mean_length(recipe: FinetuneRecipe, splits: Splits, towers: Any) -> float:
+    from eva_clip.transforms import build_eval_transform
+    from probes.data import SplitDataset, collate
+
+    spec = towers.spec
+    view = build_eval_transform(spec.vision.image_size, spec.image_mean, spec.image_std)
+    dataset = SplitDataset(splits.train, view, recipe.run.seed, recipe.data.on_corrupt)
+    some = range(0, len(dataset), max(1, len(dataset) // NORM_IMAGES))
+    images = collate([dataset[position] for position in some])["image"]
+    return float(towers.encode_image(images).norm(dim=1).mean())
+
+
+def fit_probe_first(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
+    """Logistic regression on the frozen encoder's features; C is chosen on the selection split where there is one."""
+    from probes.extraction import load_tables
+    from probes.feature_run import LinearScorer, choose_and_fit
+    from probes.logistic import Logistic
+    from probes.method_sections import LogisticRecipe, LogisticSection
+    from probes.zeroshot_sections import ComputeSection
+
+    frozen = LogisticRecipe(
+        run=recipe.run,
+        model=recipe.model,
+        features=StoredFeaturesSection(pool="cls"),
+        data=recipe.data,
+        compute=ComputeSection(precision=recipe.trainer.precision),
+    )
+    without_test = dataclasses.replace(splits, test=None)
+    choice = choose_and_fit(Logistic(LogisticSection()), without_test, load_tables(frozen, without_test), refit=False)
+    assert isinstance(choice.scorer, LinearScorer)
+    note = f"the head starts from a probe fitted first (C = {choice.value:.3g}, by {choice.chosen_by})"
+    return StartHead(choice.scorer.weight, choice.scorer.bias, note)
