@@ -1,0 +1,179 @@
+"""`python -m finetune.evaluate RUN|RECIPE [key=value …]`: score a classifier on any images, without training.
+
+RUN is a finished fine-tune: its exported model and its classes are taken, and any key of its recipe can be changed
+(`data.test=…`). RECIPE is a YAML file whose `model.weights` names a checkpoint with a head; its classes are those of
+`data.test`, sorted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.sections import ExpectedSection, HeadSection
+from probes.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from probes.recipe import load_recipe
+from probes.results import RunResult
+from probes.sections import DataSection, ModelSection, RecipeError, RunSection
+from probes.zeroshot_sections import ComputeSection
+
+if TYPE_CHECKING:
+    from eva_clip.classifier import Classifier
+    from probes.splits import Split
+
+
+@dataclass
+class EvaluateRecipe:
+    """The sections that an evaluation reads; others of a fine-tune's recipe are ignored."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    head: HeadSection = field(default_factory=HeadSection)
+    data: DataSection = field(default_factory=DataSection)
+    compute: ComputeSection = field(default_factory=ComputeSection)
+    expected: ExpectedSection = field(default_factory=ExpectedSection)
+
+
+def open_split(recipe: EvaluateRecipe, classes: list[str] | None) -> tuple[Split, list[str], list[str]]:
+    """`data.test` with targets among a run's classes, these classes, and notes; None takes the data's own classes.
+
+    Raises:
+        RecipeError: the data have a class that the run was not trained on.
+    """
+    import numpy as np
+
+    from probes.splits import Split, open_evaluation_split
+
+    found = open_evaluation_split(recipe.data)
+    if classes is None:
+        return found.test, found.classes, found.notes
+    unknown = [name for name in found.classes if name not in classes]
+    if unknown:
+        raise RecipeError(
+            f"data.test has {len(unknown)} class(es) that the run was not trained on: {', '.join(unknown[:5])}; "
+            f"expected some of {', '.join(classes[:5])}, …; rename or remove them"
+        )
+    position = np.array([classes.index(name) for name in found.classes], dtype=np.int64)
+    absent = len(classes) - len(found.classes)
+    notes = [f"data.test has no image of {absent} of the {len(classes)} classes"] if absent else []
+    return Split("test", found.test.source, found.test.indices, position[found.test.targets]), classes, notes
+
+
+def open_classifier(recipe: EvaluateRecipe, classes: list[str], run: Path | None) -> tuple[Classifier, str]:
+    """The classifier, and what was loaded.
+
+    Raises:
+        RecipeError: the checkpoint has no head of that many classes.
+    """
+    from eva_clip import build_classifier
+
+    weights = recipe.model.weights if run is None else str(run / "model.safetensors")
+    model = build_classifier(
+        recipe.model.name,
+        len(classes),
+        image_size=recipe.model.image_size,
+        pool=recipe.head.pool,
+        head=recipe.head.kind if run is None else "linear",  # a run's BatchNorm is folded in its export
+        checkpoint=weights,
+        pos_embed=recipe.model.pos_embed,
+    )
+    report = model.load_report
+    assert report is not None
+    if any(name.startswith("classifier.") for name in report.missing):
+        raise RecipeError(
+            f"{weights} has no head of {len(classes)} classes, which data.test has; nothing can be scored"
+        )
+    return model.eval(), report.summary()
+
+
+def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
+    """One evaluation, up to its report."""
+    start = time.monotonic()
+    from probes.plan import check_model
+    from probes.runs import RunFolder
+    from probes.splits import Evaluation, describe
+
+    stored = json.loads((run / "result.json").read_text(encoding="utf-8")) if run else None
+    if run is None:
+        check_model(recipe.model)
+    if run is None and recipe.model.weights in ("pretrained", "random"):
+        raise RecipeError(f"model.weights is {recipe.model.weights!r}, which has no classifier; name a checkpoint file")
+    split, classes, notes = open_split(recipe, stored["classes"] if stored else None)
+    folder = RunFolder.create(recipe, recipe_path)
+    folder.write_json("data.json", describe(Evaluation(classes, split, notes)))
+    print(f"run folder: {folder.path}", *notes, sep="\nnote: ", flush=True)
+
+    import torch
+
+    from eva_clip.transforms import build_eval_transform
+    from finetune.multi_label import predict_logits
+    from probes.data import SplitDataset, SplitLoader, collate
+    from probes.finish import finish_run
+    from probes.zeroshot import score_logits
+
+    model, loaded = open_classifier(recipe, classes, run)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    spec, data = model.spec, recipe.data
+    view = build_eval_transform(spec.vision.image_size, spec.image_mean, spec.image_std)
+    dataset = SplitDataset(split, view, recipe.run.seed, data.on_corrupt)
+    batch = recipe.compute.batch
+    loader: Any = SplitLoader(dataset, batch_size=batch, num_workers=data.workers, collate_fn=collate)
+    logits, index = (torch.from_numpy(array) for array in predict_logits(model, loader))
+    predictions, score = score_logits(logits, index, split)
+    score = dataclasses.replace(score, name="evaluated", chosen_by="schedule", setting="the weights as they are")
+    skipped = len(split) - len(index)
+    result = RunResult(
+        title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
+        method="finetune.evaluate",
+        classes=classes,
+        split_sizes={"test": len(split)},
+        scores=[score],
+        notes=[*notes, *([f"{skipped} unreadable image(s) were left out."] if skipped else [])],
+        facts={
+            "encoder": recipe.model.name,
+            "weights": f"{run / 'model.safetensors' if run else recipe.model.weights}: {loaded}",
+            "image size": f"{spec.vision.image_size} px",
+            "duration": f"{time.monotonic() - start:.0f} s",
+        },
+    )
+    finish_run(folder, recipe, result, predictions, split)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.evaluate", description="Score a finished fine-tune, or a checkpoint, on any images."
+    )
+    parser.add_argument("target", type=Path, help="run folder of python -m finetune, or a recipe with model.weights")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.test=photos/new")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        target: Path = arguments.target
+        run = target if target.is_dir() else None
+        if run and not all((run / name).is_file() for name in ("recipe.yaml", "result.json", "model.safetensors")):
+            raise RecipeError(f"{run} holds no finished fine-tune; expected the run folder of python -m finetune")
+        # A run's own folder and expectations are those of its training.
+        first = ["run.dir=null", "run.on_existing=error", "expected=null"] if run else []
+        path = target / "recipe.yaml" if run else target
+        recipe = load_recipe(path, [*first, *arguments.overrides], EvaluateRecipe, other_sections=True)
+        execute(recipe, str(path), run)
+    except (ValueError, OSError) as error:
+        if os.environ.get("EVA_CLIP_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

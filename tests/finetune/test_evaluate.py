@@ -1,0 +1,73 @@
+"""Finished fine-tunes and checkpoints on other images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import finetune.__main__
+from finetune.evaluate import main
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(png_digits, tmp_path_factory):
+    """A fine-tune with a BatchNorm head, which its export folds."""
+    base = tmp_path_factory.mktemp("evaluate")
+    argv = [str(REPO / "recipes" / "quickstart" / "finetune.yaml"), "data.format=folder", "data.workers=0"]
+    argv += [f"data.train={png_digits.train}", f"data.test={png_digits.test}", "head.kind=bn_linear", "ema.decay=null"]
+    argv += ["trainer.global_batch=16", "trainer.micro_batch=16", "schedule.epochs=2", "schedule.warmup_epochs=0"]
+    assert finetune.__main__.main([*argv, f"run.dir={base / 'run'}"]) == 0
+    return base / "run"
+
+
+def read_result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def test_the_runs_own_test_gives_the_runs_own_score(finished, tmp_path):
+    assert main([str(finished), f"run.dir={tmp_path / 'again'}"]) == 0
+    again, first = read_result(tmp_path / "again")["scores"][0], read_result(finished)["scores"][0]
+    for key in ("top1", "top5", "samples"):
+        assert again[key] == pytest.approx(first[key])
+    assert again["loss"] == pytest.approx(first["loss"], abs=1e-4)
+    own, other = ((folder / "predictions.csv").read_text().splitlines() for folder in (finished, tmp_path / "again"))
+    assert [line.rsplit(",", 1)[0] for line in own] == [line.rsplit(",", 1)[0] for line in other]
+
+
+def test_fewer_classes_are_found_by_name(finished, png_digits, tmp_path):
+    for name in ("three", "zero"):  # positions 1 and 3 of the run's classes
+        shutil.copytree(png_digits.test / name, tmp_path / "some" / name)
+    assert main([str(finished), f"data.test={tmp_path / 'some'}", f"run.dir={tmp_path / 'run'}"]) == 0
+    result = read_result(tmp_path / "run")
+    assert result["classes"] == png_digits.classes
+    assert "no image of 2 of the 4 classes" in result["notes"][0]
+    rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 1 + 10
+    assert set(rows) <= set((finished / "predictions.csv").read_text().splitlines())
+
+
+def test_unknown_classes_and_empty_targets_are_named(finished, png_digits, tmp_path, capsys):
+    shutil.copytree(png_digits.test / "zero", tmp_path / "other" / "nothing")
+    assert main([str(finished), f"data.test={tmp_path / 'other'}", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "not trained on: nothing; expected some of one, three, two, zero" in capsys.readouterr().err
+    assert main([str(tmp_path / "other")]) == 2
+    assert "holds no finished fine-tune" in capsys.readouterr().err
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{name: EVA01-CLIP-nano}}\ndata: {{test: {png_digits.test}, workers: 0}}\n")
+    assert main([str(recipe)]) == 2
+    assert "which has no classifier; name a checkpoint file" in capsys.readouterr().err
+
+
+def test_a_checkpoint_by_recipe(finished, png_digits, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: EVA01-CLIP-nano}\nhead: {pool: cls}\ndata: {workers: 0}\n")
+    argv = [f"model.weights={finished / 'model.safetensors'}", f"data.test={png_digits.test}"]
+    assert main([str(recipe), *argv, f"run.dir={tmp_path / 'run'}"]) == 0
+    assert read_result(tmp_path / "run")["scores"][0]["top1"] == pytest.approx(
+        read_result(finished)["scores"][0]["top1"]
+    )
