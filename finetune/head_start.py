@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BN_EPS = 1e-6
 """Of the probe's BatchNorm."""
+INNER_HOLDOUT = 0.15
+"""Share of train that chooses the probe's C where the recipe has no selection split."""
 NORM_IMAGES = 64
 """Training images that the usual length of an embedding is measured on."""
 
@@ -135,7 +137,12 @@ def _mean_length(recipe: FinetuneRecipe, splits: Splits, towers: Any) -> float:
 
 
 def fit_probe_first(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
-    """Logistic regression on the frozen encoder's features; C is chosen on the selection split where there is one."""
+    """Logistic regression on the frozen encoder's features.
+
+    C is chosen on the selection split, which the fit then leaves out; without one on a part of train, and the fit is on
+    all of train.
+    """
+    from probes.draws import carve
     from probes.extraction import load_tables
     from probes.feature_run import LinearScorer, choose_and_fit
     from probes.logistic import Logistic
@@ -150,7 +157,9 @@ def fit_probe_first(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
         compute=ComputeSection(precision=recipe.trainer.precision),
     )
     without_test = dataclasses.replace(splits, test=None)
-    choice = choose_and_fit(Logistic(LogisticSection()), without_test, load_tables(frozen, without_test), refit=False)
+    tables, alone = load_tables(frozen, without_test), splits.selection is None
+    drawn = carve(without_test, splits.train, INNER_HOLDOUT, recipe.run.seed) if alone else without_test
+    choice = choose_and_fit(Logistic(LogisticSection()), drawn, tables, refit=alone)
     assert isinstance(choice.scorer, LinearScorer)
     note = f"the head starts from a probe fitted first (C = {choice.value:.3g}, by {choice.chosen_by})"
     return StartHead(choice.scorer.weight, choice.scorer.bias, note)

@@ -29,7 +29,7 @@ def with_seed(splits: Splits, share: float, seed: int) -> Splits:
     """The same data with the hold-out of another seed; a `val` stays what it is."""
     if splits.selection is None or splits.selection.name != "holdout":
         return splits
-    return _carve(splits, whole_train(splits), share, seed)
+    return carve(splits, whole_train(splits), share, seed)
 
 
 def with_shots(splits: Splits, shots: int, seed: int) -> Splits:
@@ -46,7 +46,7 @@ def with_shots(splits: Splits, shots: int, seed: int) -> Splits:
     pool = whole_train(splits)
     drawn = pool.take("train", choose_shots(pool.targets, pool.keys, shots, seed))
     share = 0.25 if shots >= 4 else 1 / shots if shots > 1 else 0.0
-    return _carve(splits, drawn, share, seed)
+    return carve(splits, drawn, share, seed)
 
 
 def choose_shots(targets: NDArray[np.int64], keys: list[str], shots: int, seed: int) -> NDArray[np.bool_]:
@@ -71,7 +71,8 @@ def choose_shots(targets: NDArray[np.int64], keys: list[str], shots: int, seed: 
     return drawn
 
 
-def _carve(splits: Splits, train: Split, share: float, seed: int) -> Splits:
+def carve(splits: Splits, train: Split, share: float, seed: int) -> Splits:
+    """The data with this train split, less a hold-out from it that takes the place of any selection split."""
     held = choose_holdout(train.targets, train.keys, share, seed)
     selection = train.take("holdout", held) if held.any() else None
     return dataclasses.replace(splits, train=train.take("train", ~held), selection=selection)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probes.draws import with_seed, with_shots
-from probes.results import Predictions, RunResult, Score, compare_expected
+from probes.multi_label_run import check_repetitions, execute_multi_label
+from probes.results import Predictions, RunResult, Score, candidates_csv, compare_expected
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +32,7 @@ class Samples:
     features: torch.Tensor
     """float32 [N, D]."""
     targets: torch.Tensor
-    """int64 [N]."""
+    """int64 [N]; of images that show any number of classes float32 [N, C] of 0 and 1."""
     num_classes: int
 
     def __len__(self) -> int:
@@ -104,13 +103,18 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     from probes.splits import describe, prepare_splits
 
     check_model(recipe.model)
-    splits = prepare_splits(recipe.data, recipe.run.seed)
+    splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
+    if splits.train.multi_hot is not None:
+        check_repetitions(recipe)
     reported = reported_split(splits)
     check_choice(recipe, splits, method)
     run = RunFolder.create(recipe, recipe_path)
     run.write_json("data.json", describe(splits))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
+    if splits.train.multi_hot is not None:
+        execute_multi_label(recipe, method, splits, reported, run, start)
+        return
     from probes.extraction import load_tables
 
     tables = load_tables(recipe, splits)
@@ -127,7 +131,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
             print(f"{of}seed {seed}: top-1 {outcome.score.top1:.2f}, {outcome.score.setting}", flush=True)
     assert first is not None
     facts = tables["train"].encoder
-    run.write_text("candidates.csv", _table(first.candidates))
+    run.write_text("candidates.csv", candidates_csv(first.candidates))
     if isinstance(first.scorer, LinearScorer):
         state = {"0.weight": first.scorer.weight, "0.bias": first.scorer.bias}
         save_head(run, recipe, facts, "linear", state, splits.classes)
@@ -264,12 +268,3 @@ def _skipped(tables: dict[str, FeatureTable]) -> list[str]:
         for name, table in tables.items()
         if table.skipped
     ]
-
-
-def _table(rows: Sequence[dict[str, float]]) -> str:
-    stream = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return stream.getvalue()

@@ -47,11 +47,13 @@ class Neighbours:
         return score
 
     def _vote(self, queries: torch.Tensor, keys: torch.Tensor, train: Samples, k: int) -> torch.Tensor:
-        """Logarithm of the votes [n, C]: its softmax is the share of the votes."""
+        """Logarithm of the votes [n, C], whose softmax is their share; with multi-hot targets the share itself."""
         import torch
 
         cosine, nearest = (queries @ keys.T).topk(k, dim=1)  # [n, k]
         strength = ((cosine - cosine[:, :1]) / self.section.temperature).exp()  # relative to the nearest
+        if train.targets.ndim == 2:  # share of the votes for each class
+            return torch.einsum("nk,nkc->nc", strength, train.targets[nearest]) / strength.sum(dim=1, keepdim=True)
         votes = torch.zeros(len(queries), train.num_classes).scatter_add_(1, train.targets[nearest], strength)
         return votes.clamp_(min=torch.finfo(votes.dtype).tiny).log_()
 

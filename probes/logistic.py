@@ -32,6 +32,12 @@ class Logistic:
         return next(self._solve(train, [value]))[1]
 
     def _solve(self, train: Samples, cs: Sequence[float]) -> Iterator[tuple[float, Scorer]]:
+        several = train.targets.ndim == 2
+        if several and (self.section.solver == "sklearn" or self.section.class_weights != "none"):
+            raise ValueError(
+                "images of several classes are fitted by logistic.solver=newton without class weights; set "
+                "logistic.solver=newton and logistic.class_weights=none"
+            )
         weights = self._sample_weights(train.targets, train.num_classes)
         if self.section.solver == "sklearn":
             yield from self._solve_by_sklearn(train, cs, weights)
@@ -44,6 +50,7 @@ class Logistic:
             train.targets,
             train.num_classes,
             cs,
+            loss="bce" if several else "softmax",
             sample_weights=weights,
             tolerance=section.tolerance,
             max_iterations=section.max_iterations,

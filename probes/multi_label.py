@@ -1,21 +1,18 @@
-"""Images that show several classes: average precision of each class, without a trained head."""
+"""Images that show several classes: average precision of each class, and the end of a run that measures it."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    import torch
-
+    from probes.results import Expectation
     from probes.runs import RunFolder
-    from probes.splits import Evaluation
-    from probes.zeroshot_sections import ZeroShotRecipe
 
 
 def average_precisions(scores: NDArray[np.float32], shown: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -40,10 +37,12 @@ def average_precisions(scores: NDArray[np.float32], shown: NDArray[np.bool_]) ->
 
 def finish_multi_label(
     run: RunFolder,
-    recipe: ZeroShotRecipe,
-    logits: torch.Tensor,
-    splits: Evaluation,
-    index: torch.Tensor,
+    scores: NDArray[np.float32],
+    shown: NDArray[np.bool_],
+    classes: Sequence[str],
+    *,
+    method: str,
+    compare: Callable[[Mapping[str, float]], Sequence[Expectation]],
     notes: Sequence[str],
     facts: Mapping[str, str],
 ) -> None:
@@ -51,31 +50,31 @@ def finish_multi_label(
 
     Args:
         run: where to.
-        recipe: its expected figures are compared.
-        logits: [N, C].
-        splits: the images and classes.
-        index: int64 [N], position in the split of each row.
+        scores: [N, C], higher for more likely.
+        shown: [N, C].
+        classes: C names.
+        method: the command.
+        compare: from measured figures to them beside the recipe's expected ones.
         notes: what a reader must know.
         facts: label -> value.
     """
-    shown = splits.multi_hot[index.numpy()]
-    precisions = average_precisions(logits.numpy(), shown)
+    precisions = average_precisions(scores, shown)
     mean = float(np.nanmean(precisions))
     absent = int(np.isnan(precisions).sum())
     notes = [*notes, *([f"{absent} class(es) have no image and no part in the mean."] if absent else [])]
-    expectations = recipe.expected.compare(recipe.model.name, {"mean_average_precision": mean})
-    run.write_text("average_precision.csv", precision_table(splits.classes, shown, precisions))
+    expectations = compare({"mean_average_precision": mean})
+    run.write_text("average_precision.csv", precision_table(classes, shown, precisions))
     content: dict[str, Any] = {
-        "method": "probes.zeroshot",
-        "classes": splits.classes,
-        "images": len(logits),
+        "method": method,
+        "classes": list(classes),
+        "images": len(scores),
         "measured": {"mean_average_precision": mean},
         "expectations": [{**vars(item), "verdict": item.verdict} for item in expectations],
         "notes": notes,
         "facts": dict(facts),
     }
     run.write_json("result.json", content)
-    print(f"\nmean average precision {mean:.2f} over {len(precisions) - absent} classes, {len(logits)} images")
+    print(f"\nmean average precision {mean:.2f} over {len(precisions) - absent} classes, {len(scores)} images")
     for item in expectations:
         measured = "not measured" if item.measured is None else f"{item.measured:.2f}"
         print(f" expected  {item.name} {item.expected:.2f}, measured {measured}: {item.verdict}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -138,3 +140,13 @@ def compare_expected(expected: ExpectedSection, scores: Sequence[Score]) -> list
         for name, value in wanted.items()
         if value is not None
     ]
+
+
+def candidates_csv(rows: Sequence[dict[str, float]]) -> str:
+    """Settings that were tried with their scores, as CSV; empty when nothing was chosen."""
+    stream = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return stream.getvalue()

@@ -45,15 +45,16 @@ def _decompose(train: Samples) -> Callable[[float], LinearScorer]:
 
     features, width = train.features, train.features.shape[1]
     mean = features.mean(dim=0, dtype=torch.float64)
-    counts = torch.bincount(train.targets, minlength=train.num_classes).double()
-    gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, len(counts), dtype=torch.float64)
-    for rows, targets in zip(torch.split(features, BLOCK_ROWS), torch.split(train.targets, BLOCK_ROWS), strict=True):
+    wanted = train.targets if train.targets.ndim == 2 else F.one_hot(train.targets, train.num_classes)  # [N, C]
+    share = wanted.double().mean(dim=0)
+    gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, len(share), dtype=torch.float64)
+    for rows, targets in zip(torch.split(features, BLOCK_ROWS), torch.split(wanted, BLOCK_ROWS), strict=True):
         centred = rows.double() - mean
         gram.addmm_(centred.T, centred)
-        cross.addmm_(centred.T, F.one_hot(targets, len(counts)).double())
+        cross.addmm_(centred.T, targets.double())
     values, vectors = torch.linalg.eigh(gram)  # [D], [D, D]
     turned = vectors.T @ cross
-    unit, share = values.mean().clamp(min=1e-300), counts / counts.sum()
+    unit = values.mean().clamp(min=1e-300)
 
     def solve(penalty: float) -> LinearScorer:
         weight = (vectors @ (turned / (values.clamp(min=0) + penalty * unit)[:, None])).T  # [C, D]

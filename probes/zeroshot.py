@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,16 @@ def _run(
     if recipe.scoring.kind == "multi_label":
         from probes.multi_label import finish_multi_label
 
-        finish_multi_label(run, recipe, logits, splits, index, notes, facts)
+        finish_multi_label(
+            run,
+            logits.numpy(),
+            splits.multi_hot[index.numpy()],
+            splits.classes,
+            method="probes.zeroshot",
+            compare=partial(recipe.expected.compare, recipe.model.name),
+            notes=notes,
+            facts=facts,
+        )
     else:
         _finish_single_label(run, recipe, recipe_path, logits, splits, index, notes, facts)
 

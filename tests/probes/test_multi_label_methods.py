@@ -1,0 +1,75 @@
+"""Methods on stored features of images with several labels: digits with their name and their parity."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+
+import probes.knn
+import probes.logistic
+import probes.ridge
+from probes.extraction import load_tables
+from probes.method_sections import LogisticRecipe
+from probes.recipe import load_recipe
+from probes.splits import prepare_splits
+
+COMMANDS = {"logistic": probes.logistic.main, "knn": probes.knn.main, "ridge": probes.ridge.main}
+PARITY = {"zero": "even", "two": "even", "one": "odd", "three": "odd"}
+
+
+@pytest.fixture
+def argv(png_digits, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with png_digits.csv.open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    table = png_digits.csv.with_name("several.csv")
+    lines = [f"{row['path']},{row['label']}|{PARITY[row['label']]},{row['split']}" for row in rows]
+    table.write_text("\n".join(["path,label,split", *lines]) + "\n", encoding="utf-8")
+    Path("recipe.yaml").write_text("compute: {precision: fp32}\n")
+    data = ["data.format=csv", f"data.train={table}", "data.labels=multi", "data.holdout=0.25", "data.workers=0"]
+    return ["recipe.yaml", *tiny_model.overrides, *data, "features.pool=gap"]
+
+
+def read_precisions() -> dict[str, float]:
+    lines = Path("run/average_precision.csv").read_text(encoding="utf-8").splitlines()
+    return {row["class"]: float(row["average_precision"]) for row in csv.DictReader(lines)}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_method_is_chosen_and_scored_by_average_precision(argv, name, capsys):
+    assert COMMANDS[name]([*argv, "run.dir=run"]) == 0
+    assert "mean average precision" in capsys.readouterr().out
+    result = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert result["classes"] == ["even", "odd", "one", "three", "two", "zero"]
+    precisions = read_precisions()
+    assert result["measured"]["mean_average_precision"] == pytest.approx(np.mean(list(precisions.values())), abs=1e-3)
+    rows = list(csv.DictReader(Path("run/candidates.csv").read_text(encoding="utf-8").splitlines()))
+    best = max(rows, key=lambda row: float(row["mean_average_precision"]))
+    assert f"= {float(next(iter(best.values()))):.6g}, by holdout" in result["facts"]["chosen"]
+    assert precisions["even"] > 60, "half of the digits are even"
+
+
+def test_logistic_is_a_binary_fit_of_each_label(argv):
+    more = ["data.holdout=0.0", "logistic.fixed=0.5", "run.dir=run"]
+    assert probes.logistic.main([*argv, *more]) == 0
+    recipe = load_recipe("recipe.yaml", [*argv[1:], *more], LogisticRecipe)
+    splits = prepare_splits(recipe.data, 0, multi_label=True)
+    tables = load_tables(recipe, splits)
+    features = {name: table.features.double().numpy() for name, table in tables.items()}
+    for position, name in enumerate(splits.classes):
+        train, test = (split.multi_hot[:, position] for split in (splits.train, splits.test))
+        model = LogisticRegression(C=0.5, tol=1e-8, max_iter=5000).fit(features["train"], train)
+        expected = 100 * average_precision_score(test, model.decision_function(features["test"]))
+        assert read_precisions()[name] == pytest.approx(expected, abs=1.0)
+
+
+def test_what_is_drawn_by_class_is_refused(argv, capsys):
+    assert probes.ridge.main([*argv, "run.seeds=[0,1]"]) == 2
+    assert "data.labels is 'multi' with run.seeds or few_shot.shots" in capsys.readouterr().err
+    assert not Path("logs").exists()
