@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ Batch = dict[str, Any]
 class FinetuneModule(LightningModule):
     """Trains `model` as a recipe says, and scores it raw and averaged after every epoch.
 
-    `history` grows by one row an epoch with the columns of the published logs. All randomness of a step (dropped paths,
+    `history` grows by one row an epoch with the columns of the published logs, and `train_data_wait`: the share of the
+    epoch's training time in which the device waited for batches. All randomness of a step (dropped paths,
     mixing) is drawn from (seed, epoch, batch, process), so that a resumed run repeats it.
 
     Args:
@@ -83,6 +85,7 @@ class FinetuneModule(LightningModule):
         self.history: list[dict[str, float]] = []
         self.selected: dict[str, Any] | None = None
         self._steps: list[list[float]] = []  # of this epoch: highest lr, lowest lr, gradient norm
+        self._began = self._ready = self._waited = 0.0  # seconds
         self._images: list[int] = []  # positions of the images of the step being accumulated
 
     @property
@@ -105,8 +108,18 @@ class FinetuneModule(LightningModule):
                 self.ema.load_state_dict(self._ema_state)
                 self._ema_state = None
 
+    def on_train_epoch_start(self) -> None:
+        """Start the clock of waiting for batches."""
+        self._began = self._ready = time.perf_counter()
+        self._waited = 0.0
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """From here on the next batch is waited for."""
+        self._ready = time.perf_counter()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw this batch's randomness from its own seed."""
+        self._waited += time.perf_counter() - self._ready
         generator = seeded_generator(self.recipe.run.seed, self.current_epoch, batch_idx, self.global_rank, 0xF17E)
         torch.manual_seed(generator.initial_seed())
 
@@ -184,6 +197,7 @@ class FinetuneModule(LightningModule):
             "train_loss_scale": self._loss_scale(),
             "train_weight_decay": self.recipe.optimizer.weight_decay,
             "train_grad_norm": math.fsum(finite) / max(len(finite), 1),
+            "train_data_wait": self._waited / max(self._ready - self._began, 1e-9),
         }
         for prefix in self._weight_sets():
             for name in self.evaluation_names:

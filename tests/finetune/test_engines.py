@@ -51,7 +51,8 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key != "train_data_wait"} for row in rows]
 
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:

@@ -55,3 +55,13 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation():
 def test_batches_that_do_not_divide_are_refused():
     with pytest.raises(RecipeError, match=r"global_batch 512 is not a multiple .* 48"):
         check_recipe(recipe("imagenet1k/finetune_224", "trainer.micro_batch=48", "model.weights=random"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "grid"), [("224_to_336", 40, 24), ("eva02_b16", 12, 14), ("eva02_l14_336", 24, 24)]
+)
+def test_the_other_recipes_plan(name, layers, grid):
+    plan = plan_finetune(recipe(f"imagenet1k/finetune_{name}"))
+    assert plan["pos_embed"]["to"] == grid
+    assert plan["steps_per_epoch"] == 2502
+    assert max(group["layer"] for group in plan["param_groups"]) == layers + 1
