@@ -1,4 +1,4 @@
-"""A path of 45 C by `probes.softmax_path` against 45 fits of scikit-learn, from one run on the same features.
+"""A path of 45 C by `probes.softmax_path` against 45 fits of scikit-learn, from one run on scikit-learn's digits.
 
     python -m benchmarks.logistic
 
@@ -13,7 +13,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,11 +20,10 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from probes.method_sections import LogisticRecipe, LogisticSection
+from probes.method_sections import LogisticSection
 from probes.softmax_path import fit_path
 
 ROUNDS = 3
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart" / "logistic.yaml"
 CS = LogisticSection().path
 
 Solution = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -56,24 +54,12 @@ def objectives(features: torch.Tensor, targets: torch.Tensor, solutions: list[So
     return np.array(values)
 
 
-def quickstart_features() -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and targets of the quickstart's training images."""
-    from probes.extraction import load_tables
-    from probes.recipe import load_recipe
-    from probes.splits import prepare_splits
-
-    recipe = load_recipe(RECIPE, ["data.holdout=0.0"], LogisticRecipe)
-    table = load_tables(recipe, prepare_splits(recipe.data, 0))["train"]
-    return table.features.float(), table.targets
-
-
 def main() -> None:
     """Print a Markdown table."""
     warnings.simplefilter("ignore")  # scikit-learn's ConvergenceWarning where 1000 steps are not enough
     digits = load_digits()
     data = {
         "digits": (torch.from_numpy(digits.data / 16).float(), torch.from_numpy(digits.target).long()),
-        "quickstart": quickstart_features(),
     }
     print("| features | ours, median s | over 45 fits (min-max) | over warm starts (min-max) | highest excess |")
     print("|---|---|---|---|---|")
