@@ -226,6 +226,7 @@ def _build_trainer(recipe: Recipe, run: RunFolder | None) -> pl.Trainer:
         max_epochs=recipe.schedule.epochs,
         devices=section.devices,
         strategy=section.strategy,
+        sync_batchnorm=section.sync_batch_norm,
         precision="16-mixed" if section.precision == "fp16" else "32-true",
         accumulate_grad_batches=section.accumulate,
         logger=TensorBoardLogger(run.path, name="", version="tensorboard") if run else False,
@@ -242,10 +243,14 @@ def check_machine(recipe: Recipe) -> None:
     """Find what a recipe asks of the machine in vain.
 
     Raises:
-        RecipeError: fp16 without a GPU; more devices than there are GPUs.
+        RecipeError: fp16 or synchronised BatchNorm without a GPU; more devices than there are GPUs.
     """
     found = torch.cuda.device_count()
     if 0 < found < recipe.trainer.devices:
         raise RecipeError(f"trainer.devices is {recipe.trainer.devices} and this machine has {found} GPU(s)")
+    if recipe.trainer.sync_batch_norm and not torch.cuda.is_available():
+        raise RecipeError(
+            "trainer.sync_batch_norm is true and there is no GPU, on which alone torch has it; set it false"
+        )
     if recipe.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("trainer.precision is fp16 and there is no GPU; use trainer.precision=bf16 (or fp32)")

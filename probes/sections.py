@@ -200,6 +200,8 @@ class TrainerSection(Section):
     """Number of devices (processes)."""
     precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
     """Precision of the encoder; loss, BatchNorm statistics and the head's weights are fp32."""
+    sync_batch_norm: bool = False
+    """BatchNorm statistics over all devices' micro-batches (GPUs only); else each device has its own (published)."""
     strategy: str = "auto"
     """Lightning strategy ("auto", "ddp", ...)."""
 

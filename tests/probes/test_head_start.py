@@ -54,6 +54,9 @@ def test_a_zero_shot_head_on_other_features_is_refused(argv, capsys):
     assert "features.projected=true, features.l2norm=true and head.kind=linear" in capsys.readouterr().err
     assert main([*argv, "run.seeds=[0,1]", "features.mode=online", "run.dir=run"]) == 2
     assert "set features.mode=cached" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main([*argv, "trainer.sync_batch_norm=true", "run.dir=run"]) == 2
+        assert "trainer.sync_batch_norm is true and there is no GPU" in capsys.readouterr().err
     assert not Path("run").exists()
 
 

@@ -10,7 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from probes.class_weights import balanced_weights
+from probes.extraction import load_tables
+from probes.method_sections import LogisticRecipe
+from probes.recipe import load_recipe
 from probes.softmax_path import ABSENT_BIAS, PathPoint, fit_path
+from probes.splits import prepare_splits
 
 CS = [1e-6, 1e-3, 1e-1, 10.0, 1e3, 1e5]
 
@@ -113,3 +117,21 @@ def test_mistakes_are_named():
         next(fit_path(features, targets, 10, [0.0]))
     with pytest.raises(ValueError, match="no samples"):
         next(fit_path(features[:0], targets[:0], 10, [1.0]))
+
+
+@pytest.mark.slow
+def test_the_quickstarts_features_too(repo, monkeypatch, tmp_path):
+    monkeypatch.chdir(repo)  # the recipe's pictures
+    recipe = load_recipe(
+        repo / "recipes" / "quickstart" / "logistic.yaml",
+        ["data.holdout=0.0", f"features.cache={tmp_path}"],
+        LogisticRecipe,
+    )
+    table = load_tables(recipe, prepare_splits(recipe.data, 0))["train"]
+    features, targets = table.features.float(), table.targets
+    for point in fit_path(features, targets, 30, [1e-4, 1e-2, 1.0, 100.0]):
+        reference = LogisticRegression(C=point.c, tol=1e-6, max_iter=3000)
+        reference.fit(features.double().numpy(), targets.numpy())
+        coefficients, intercepts = torch.from_numpy(reference.coef_), torch.from_numpy(reference.intercept_)
+        minimum = float(objective(features, targets, coefficients, intercepts, point.c))
+        assert own(features, targets, point) <= minimum * (1 + 1e-3)
