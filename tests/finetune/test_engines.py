@@ -27,6 +27,7 @@ def start(png_digits, tiny_model, tmp_path_factory):
         argv = [str(REPO / "recipes" / "quickstart" / "finetune.yaml"), *tiny_model.overrides, "data.format=folder"]
         argv += [f"data.train={png_digits.train}", f"data.test={png_digits.test}", "data.workers=0"]
         argv += ["trainer.global_batch=8", "trainer.micro_batch=4", "schedule.epochs=4", "schedule.warmup_epochs=1"]
+        argv += ["head.start=fresh", "optimizer.lr=3e-4", "regularisation.label_smoothing=0.1"]
         argv += ["regularisation.drop_path=0.0", "ema.decay=0.9", f"run.dir={folder}", "checkpoint.every_steps=2"]
         argv += ["run.on_existing=resume", *more]
         environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
