@@ -118,18 +118,8 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     from probes.extraction import load_tables
 
     tables = load_tables(recipe, splits)
-    repetitions, rows = list_repetitions(recipe), []
-    first: Outcome | None = None
-    for shots, seed in repetitions:
-        drawn = with_shots(splits, shots, seed) if shots else with_seed(splits, recipe.data.holdout, seed)
-        outcome = fit_once(method, drawn, tables, reported)
-        first = first or outcome
-        rows.append({**({"shots": shots} if shots else {}), "seed": seed, "top1": outcome.score.top1})
-        rows[-1] |= {method.setting: float(outcome.score.setting.rpartition(" ")[2])}
-        if len(repetitions) > 1:
-            of = f"{shots} shots, " if shots else ""
-            print(f"{of}seed {seed}: top-1 {outcome.score.top1:.2f}, {outcome.score.setting}", flush=True)
-    assert first is not None
+    repetitions = list_repetitions(recipe)
+    first, rows = repeat(recipe, method, splits, tables, reported)
     facts = tables["train"].encoder
     run.write_text("candidates.csv", candidates_csv(first.candidates))
     if isinstance(first.scorer, LinearScorer):
@@ -155,6 +145,26 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
         },
     )
     finish_run(run, recipe, result, first.predictions, reported)
+
+
+def repeat(
+    recipe: MethodRecipe, method: Method, splits: Splits, tables: Mapping[str, FeatureTable], reported: Split
+) -> tuple[Outcome, list[dict[str, Any]]]:
+    """The first repetition's outcome, and a row of each."""
+    repetitions = list_repetitions(recipe)
+    first: Outcome | None = None
+    rows: list[dict[str, Any]] = []
+    for shots, seed in repetitions:
+        drawn = with_shots(splits, shots, seed) if shots else with_seed(splits, recipe.data.holdout, seed)
+        outcome = fit_once(method, drawn, tables, reported)
+        first = first or outcome
+        rows.append({**({"shots": shots} if shots else {}), "seed": seed, "top1": outcome.score.top1})
+        rows[-1] |= {method.setting: float(outcome.score.setting.rpartition(" ")[2])}
+        if len(repetitions) > 1:
+            of = f"{shots} shots, " if shots else ""
+            print(f"{of}seed {seed}: top-1 {outcome.score.top1:.2f}, {outcome.score.setting}", flush=True)
+    assert first is not None
+    return first, rows
 
 
 def check_choice(recipe: MethodRecipe, splits: Splits, method: Method) -> None:
