@@ -25,7 +25,7 @@ def test_timm_gives_the_logits_of_the_run(png_digits, tmp_path, monkeypatch, poo
     monkeypatch.chdir(tmp_path)
     argv = [str(RECIPE), "data.format=folder", f"data.train={png_digits.train}", f"data.test={png_digits.test}"]
     argv += ["trainer.global_batch=16", "trainer.micro_batch=16", "schedule.epochs=1", "schedule.warmup_epochs=0"]
-    assert main([*argv, f"head.pool={pool}", f"head.kind={head}", "run.dir=run"]) == 0
+    assert main([*argv, "head.start=fresh", f"head.pool={pool}", f"head.kind={head}", "run.dir=run"]) == 0
     ours = build_classifier("EVA01-CLIP-nano", 4, pool=pool, head=head)
     ours.load_state_dict(load_file("run/last_ema.safetensors"))
     theirs = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
