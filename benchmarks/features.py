@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from eva_clip import build_encoder
 from eva_clip.encoder import FeatureDefinition, VisionEncoder
+from eva_clip.flops import vision_gflop
 from eva_clip.specs import get_model_spec
 from eva_clip.towers import build_vision_tower
 from eva_clip.transforms import build_eval_transform
-from probes.suite import vision_gflop
 
 BATCH, ROUNDS = 8, 5
 

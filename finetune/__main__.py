@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
 def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     """One run, from recipe to report and a model that timm opens."""
     start = time.monotonic()
-    from finetune.plan import check_recipe
+    from finetune.plan import check_recipe, settle_batch
+    from finetune.start_check import check_start
     from probes.finish import finish_run, reported_split
     from probes.linear import EpochLines
     from probes.reference_curve import read_reference
@@ -39,6 +39,8 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
+    planned, memory = settle_batch(recipe, len(splits.classes))
+    check_start(recipe, splits.classes)
     run = RunFolder.create(recipe, recipe_path)
     run.write_json("data.json", describe(splits))
     reference = read_reference(recipe.expected, splits.notes)
@@ -48,7 +50,6 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     from finetune.fit import fit_classifier
     from finetune.multi_label import collect_precisions, finish_multi_label, predict_logits
 
-    planned = settle_batch(recipe, len(splits.classes))
     fitted = fit_classifier(planned, splits, run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
     weights = load_reported(run, fitted)
     model, batches = fitted.module.model, fitted.data.loader(reported.name)
@@ -62,6 +63,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
         merge_lora(model)
     export(run, model)
     result.facts["weights of model.safetensors"] = weights
+    result.facts["peak memory"] = describe_peak(memory.total)
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
@@ -71,22 +73,6 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
         )
         return
     finish_run(run, recipe, result, scored, reported, reference_log=reference.rows if reference else None)
-
-
-def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> FinetuneRecipe:
-    """The recipe with micro-batch and checkpointing as the planner chooses them for this device."""
-    import torch
-
-    from finetune.build import build_untrained
-    from finetune.plan import choose_micro_batch
-
-    with torch.device("meta"):
-        model = build_untrained(recipe, num_classes, None)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    size, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
-    trainer = dataclasses.replace(recipe.trainer, micro_batch=size, checkpointing=checkpointing)
-    return dataclasses.replace(recipe, trainer=trainer)
 
 
 def summarise(
@@ -119,6 +105,14 @@ def summarise(
             "average": "none" if module.ema is None else f"decay {module.ema.decay}, {module.ema.updates} updates",
         },
     )
+
+
+def describe_peak(predicted: float) -> str:
+    """The planner's memory beside the measured one, GiB."""
+    from finetune.compute_cost import measure_peak_gib
+
+    measured, what = measure_peak_gib()
+    return f"{measured:.2f} GiB measured ({what}), {predicted:.2f} GiB predicted for one device"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

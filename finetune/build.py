@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from eva_clip.checkpoints import open_checkpoint
 from eva_clip.classifier import Classifier, build_class_head, build_classifier
 from eva_clip.specs import add_model_config
 from finetune.adapters import freeze
@@ -44,7 +42,7 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
     """The classifier that training starts from, and notes on what was loaded.
 
     Raises:
-        RecipeError: `head.start` is "checkpoint" and the file has no head of the data's classes.
+        RecipeError: `head.start` is "checkpoint" and the file's head does not fit.
         ValueError: the weights do not fit.
     """
     weights = None if recipe.model.weights == "random" else recipe.model.weights
@@ -55,12 +53,9 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
     fresh = report is None or any(name.startswith("classifier.") for name in report.missing)
     start = recipe.head.start
     if start == "checkpoint" and fresh:
-        count = open_checkpoint(recipe.model.weights).num_classes if Path(recipe.model.weights).is_file() else None
-        found = "no head" if count is None else f"a head of {count} classes"
         raise RecipeError(
-            f"head.start is 'checkpoint' and {recipe.model.weights} has {found}; expected one of "
-            f"{len(splits.classes)} classes; "
-            "use head.start=fresh for a new one"
+            f"head.start is 'checkpoint' and the head of {recipe.model.weights} is not of kind {recipe.head.kind!r}; "
+            "set head.kind to the file's, or use head.start=fresh for a new head"
         )
     if start == "fresh" and not fresh:
         model.head = build_class_head(recipe.head.kind, model.spec.vision.width, model.num_classes)
@@ -74,4 +69,7 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
         notes.append(head.note)
     if recipe.trainer.checkpointing:
         model.tower.set_grad_checkpointing(True)
+    if recipe.trainer.compile:
+        for block in model.tower.blocks:  # block by block: equal blocks share one compilation, and names stay
+            block.compile()
     return model.train(), notes  # Lightning leaves a module in the mode that it comes in

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Branch = Callable[[torch.Tensor], torch.Tensor]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled draw is from another stream, and its number of samples differs each time
 def draw_kept(batch: int, rate: float) -> torch.Tensor:
     """Positions of the samples that keep a branch, int64 [K]: each with probability 1 - rate, from torch's CPU stream.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.compute_cost import EFFICIENCY, forward_equivalents, measure_tflops, predict_hours
 from finetune.sections import FinetuneRecipe
 from probes.plan import describe_pos_embed, measure_data, steps_per_epoch
 from probes.schedule import epoch_means, warmup_cosine
@@ -28,7 +29,7 @@ class Memory:
     weights: float
     """fp32 weights, and the average's."""
     training: float
-    """Gradients and both AdamW moments, fp32, of what is trained."""
+    """Gradients, fp32, and the optimizer's state of what is trained."""
     activations: float
     """Of one micro-batch."""
 
@@ -39,7 +40,15 @@ class Memory:
 
 
 def predict_memory(
-    spec: ModelSpec, total: int, trainable: int, micro_batch: int, *, checkpointing: bool, ema: bool, half: bool
+    spec: ModelSpec,
+    total: int,
+    trainable: int,
+    micro_batch: int,
+    *,
+    checkpointing: bool,
+    ema: bool,
+    half: bool,
+    moments: int = 8,
 ) -> Memory:
     """Memory of a step from counts of parameters and the tower's shape; sharding is not counted.
 
@@ -51,6 +60,7 @@ def predict_memory(
         checkpointing: blocks are recomputed in the backward pass.
         ema: an average of the trained weights is kept.
         half: activations take 2 bytes a value, not 4.
+        moments: bytes of the optimizer's state for one parameter.
     """
     vision = spec.vision
     tokens = micro_batch * ((vision.image_size // vision.patch_size) ** 2 + 1)
@@ -58,7 +68,7 @@ def predict_memory(
     block = ACTIVATIONS_PER_BLOCK * width * (0.5 + vision.mlp_ratio / 8)
     kept = 2 * width * vision.layers + block if checkpointing else block * vision.layers
     gib = 2**30
-    return Memory((4 * total + (4 * trainable if ema else 0)) / gib, 12 * trainable / gib, kept / gib)
+    return Memory((4 * total + (4 * trainable if ema else 0)) / gib, (4 + moments) * trainable / gib, kept / gib)
 
 
 def choose_micro_batch(recipe: FinetuneRecipe, spec: ModelSpec, total: int, trainable: int) -> tuple[int, bool]:
@@ -118,14 +128,20 @@ def check_recipe(recipe: FinetuneRecipe, train_size: int | None = None) -> None:
             f"trainer.global_batch {section.global_batch} is not a multiple of micro_batch x devices x nodes, {unit}; "
             "change one of them"
         )
+    if recipe.optimizer.name == "adamw_8bit" and section.strategy == "fsdp2":
+        raise RecipeError(
+            "optimizer.name is 'adamw_8bit' with trainer.strategy 'fsdp2', which spreads the moments over devices "
+            "already; use one of the two"
+        )
     if train_size is not None:
         steps_per_epoch(train_size * recipe.augment.repeats, section.global_batch)
 
 
 def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
-    """The content of `python -m finetune RECIPE --plan`: the probe's fields, and `param_groups`, `peak_memory_gib`.
+    """The content of `python -m finetune RECIPE --plan`: the probe's fields, groups, memory (GiB) and hours.
 
-    `lr_by_epoch` is of the last layers' groups, `min_lr_by_epoch` of the lowest bucket, means over steps.
+    `lr_by_epoch` is of the last layers' groups, `min_lr_by_epoch` of the lowest bucket, means over steps. `hours` is
+    for as many devices like this one as the recipe names; `hours_from` says what it was computed from.
     """
     import torch
 
@@ -143,6 +159,7 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     micro_batch, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
     memory = _predict(recipe, model.spec, total, trainable, micro_batch, checkpointing)
+    speed = measure_tflops(recipe.trainer.precision)
     schedule = recipe.schedule
     rates = warmup_cosine(section.lr, schedule.final_lr, schedule.epochs, steps, schedule.warmup_epochs)
     lowest = min(group["lr"] for group in groups) / section.lr if section.lr else 0.0
@@ -164,9 +181,41 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
         "train_size": size.train,
         "num_classes": size.classes,
         "peak_memory_gib": round(memory.total, 2),
-        "hours": None,  # no speed of this device is known before it has run
+        "hours": round(hours_of(recipe, model.spec, steps, checkpointing, speed), 4),
+        "hours_from": {"matrix_product_tflops": round(speed, 3), "assumed_share": EFFICIENCY},
         "param_groups": describe_groups(groups),
     }
+
+
+def hours_of(recipe: FinetuneRecipe, spec: ModelSpec, steps: int, checkpointing: bool, tflops: float) -> float:
+    """Hours of a recipe's training on devices of that speed, evaluation left out."""
+    section = recipe.trainer
+    dropped = recipe.regularisation.drop_path / 2 if recipe.regularisation.skip_dropped else 0.0  # mean over blocks
+    passes = forward_equivalents(recipe.tune, spec.vision.layers, checkpointing=checkpointing, dropped=dropped)
+    images = section.global_batch * steps * recipe.schedule.epochs
+    return predict_hours(spec, images, passes, tflops * section.devices * section.nodes)
+
+
+def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> tuple[FinetuneRecipe, Memory]:
+    """The recipe with micro-batch and checkpointing as the planner chooses them for this device, and its memory.
+
+    The model is built without its weights: what cannot be trained as the recipe says is found here.
+
+    Raises:
+        RecipeError: nothing fits.
+        ValueError: blocks or layers to train that the model does not have; a missing extra.
+    """
+    import torch
+
+    from finetune.build import build_untrained
+
+    with torch.device("meta"):
+        model = build_untrained(recipe, num_classes, None)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    size, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
+    trainer = replace(recipe.trainer, micro_batch=size, checkpointing=checkpointing)
+    return replace(recipe, trainer=trainer), _predict(recipe, model.spec, total, trainable, size, checkpointing)
 
 
 def _predict(
@@ -180,4 +229,5 @@ def _predict(
         checkpointing=checkpointing,
         ema=recipe.ema.decay is not None,
         half=recipe.trainer.precision != "fp32",
+        moments={"adamw": 8, "adamw_8bit": 2, "sgd": 4}[recipe.optimizer.name],
     )

@@ -95,8 +95,9 @@ class RegularisationSection(Section):
 class OptimizerSection(Section):
     """The optimizer."""
 
-    name: str = setting("adamw", choices=("adamw", "sgd"))
-    """AdamW (published) or SGD."""
+    name: str = setting("adamw", choices=("adamw", "adamw_8bit", "sgd"))
+    """AdamW (published), the same with both moments of matrices in 8 bit (bitsandbytes; 2 bytes a parameter instead of
+    8), or SGD."""
     lr: float = setting(3e-5, low=0.0)
     """Peak learning rate of the last layers, absolute: never rescaled by the batch."""
     weight_decay: float = setting(0.05, low=0.0)
@@ -139,6 +140,8 @@ class TrainerSection(Section):
     """"auto" is "ddp" with several devices; "fsdp2" spreads weights, gradients, moments and average over them."""
     timeout_s: float = setting(1800.0, low=1.0)
     """Seconds after which a process gives up waiting for the others (one of them has died)."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first steps take minutes longer, and a CPU needs a C++ compiler."""
     checkpointing: bool | None = None
     """Recompute activations in the backward pass; null lets the planner decide."""
     non_finite: str = setting("stop", choices=("stop", "skip"))

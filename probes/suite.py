@@ -11,6 +11,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eva_clip.flops import vision_gflop
 from eva_clip.specs import get_model_spec
 from probes.cli import run_command
 from probes.recipe import dump_recipe
@@ -31,7 +32,6 @@ from probes.suite_tables import write_tables
 
 if TYPE_CHECKING:
     from eva_clip.models import EvaCLIP
-    from eva_clip.spec_types import VisionConfig
 
 
 class TowersHolder:
@@ -103,21 +103,6 @@ def execute(recipe: SuiteRecipe, recipe_path: str) -> None:
     if failed:
         named = "; ".join(f"{item.model} on {item.entry.name}: {item.message}" for item in failed)
         raise RecipeError(f"{len(failed)} of {len(outcomes)} evaluations failed: {named}")
-
-
-def vision_gflop(vision: VisionConfig) -> float:
-    """Matrix products of the vision tower on one image, in 10^9 floating-point operations (two a multiply-add).
-
-    534 for ViT-g/14 at 224 pixels.
-    """
-    patches = (vision.image_size // vision.patch_size) ** 2
-    tokens, width = patches + 1, vision.width
-    matrices = 3 if vision.family == "eva02" else 2  # SwiGLU has a gate
-    hidden = int(width * vision.mlp_ratio)
-    weights = tokens * (4 * width**2 + matrices * width * hidden)
-    attention = 2 * tokens**2 * width
-    patch_embedding = patches * 3 * vision.patch_size**2 * width
-    return 2 * (vision.layers * (weights + attention) + patch_embedding) / 1e9
 
 
 def _open_folder(recipe: SuiteRecipe, recipe_path: str) -> RunFolder:

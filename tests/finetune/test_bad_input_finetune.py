@@ -80,3 +80,17 @@ def test_a_resolution_that_patches_do_not_divide(fail):
 
 def test_more_images_in_a_step_than_there_are(fail):
     assert "trainer.global_batch 512 is larger than the 40 training images" in fail("trainer.global_batch=512")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("tune.what=lora", "tune.lora_targets=[nothing]"),
+        ("tune.what=last_blocks", "tune.blocks=99"),
+        ("head.start=checkpoint",),
+        ("head.start=probe", "head.probe=absent", "head.pool=cls"),
+    ],
+)
+def test_mistakes_in_what_is_trained_leave_no_run_folder(fail, tmp_path, overrides):
+    fail(*overrides, f"run.dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
