@@ -9,8 +9,9 @@ import torch
 from eva_clip.classifier import Classifier, build_class_head, build_classifier
 from eva_clip.specs import add_model_config
 from finetune.adapters import freeze
+from finetune.contrastive import attach_texts
 from finetune.drop_path import skip_dropped_paths
-from finetune.head_start import build_start_head
+from finetune.head_start import build_class_texts, build_start_head
 from finetune.sections import FinetuneRecipe
 from probes.sections import RecipeError
 
@@ -60,7 +61,10 @@ def build_recipe_classifier(recipe: FinetuneRecipe, splits: Splits) -> tuple[Cla
     if start == "fresh" and not fresh:
         model.head = build_class_head(recipe.head.kind, model.spec.vision.width, model.num_classes)
         notes.append("the file's head was not taken: head.start is 'fresh'")
-    if start in ("probe", "zero_shot", "linear_probe"):
+    if recipe.head.objective == "contrastive":
+        attach_texts(model, build_class_texts(recipe, splits))
+        notes.append("the head is made of the classes' texts, whose tower trains along")
+    elif start in ("probe", "zero_shot", "linear_probe"):
         head = build_start_head(recipe, splits)
         assert isinstance(model.head, torch.nn.Linear)
         with torch.no_grad():

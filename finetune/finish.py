@@ -68,7 +68,8 @@ def load_reported(run: RunFolder, fitted: Fitted) -> str:
     states = {kind: weights_of(module, kind) for kind in kinds}
     for kind, state in states.items():
         if run.writes:
-            save_file(state, run.path / f"last_{kind}.safetensors", {"weights": kind, "epoch": "last"})
+            classifier = {name: tensor for name, tensor in state.items() if not name.startswith("texts.")}
+            save_file(classifier, run.path / f"last_{kind}.safetensors", {"weights": kind, "epoch": "last"})
     if is_sharded(module.model):  # from here on every process has a whole model
         module.model = build_untrained(module.recipe, module.model.num_classes, None)
     if module.selected is not None:

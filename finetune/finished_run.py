@@ -46,7 +46,8 @@ class FinishedRun:
         """The weights that training started from."""
         from finetune.build import build_recipe_classifier
 
-        return dict(build_recipe_classifier(self.recipe, self.splits)[0].state_dict())
+        state = build_recipe_classifier(self.recipe, self.splits)[0].state_dict()
+        return {name: tensor for name, tensor in state.items() if not name.startswith("texts.")}
 
     def end_state(self, weights: str | None = None) -> dict[str, torch.Tensor]:
         """The weights after the last epoch: "raw", "ema", or None for the average where there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import warnings
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from eva_clip.transforms import build_eval_transform
 from finetune.build import build_recipe_classifier
 from finetune.checkpoints import KeepCheckpoints, Terminated, newest_readable
+from finetune.contrastive import refresh_head
 from finetune.data import FinetuneData
 from finetune.module import FinetuneModule
 from finetune.sections import FinetuneRecipe
@@ -163,6 +165,8 @@ def load_selected(run: RunFolder, module: FinetuneModule) -> None:
 def weights_of(module: FinetuneModule, weights: str) -> dict[str, torch.Tensor]:
     """Copy of the model's tensors on the CPU: "raw" or "ema"."""
     averaged = module.ema.average if weights == "ema" and module.ema is not None else {}
+    with module.ema.applied(module.model) if averaged and module.ema else contextlib.nullcontext():
+        refresh_head(module.model)
     state = {name: averaged.get(name, tensor) for name, tensor in module.model.state_dict().items()}
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in gather(state).items()}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from finetune.contrastive import ClassTexts, text_head
 from probes.sections import RecipeError, StoredFeaturesSection
 
 if TYPE_CHECKING:
@@ -116,15 +117,28 @@ def from_texts(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
 
     towers = build_towers(recipe.model, "fp32").cpu()
     texts = build_zero_shot_weights(towers, [readable(name) for name in splits.classes], [recipe.head.prompt])
-    projection = towers.visual.head
-    length = _mean_length(recipe, splits, towers)
-    scaled = towers.logit_scale.exp() / length * texts  # [C, E]
-    bias = torch.zeros(len(texts)) if projection.bias is None else scaled @ projection.bias
-    note = f"the head starts from the classes' texts (mean embedding length {length:.3g})"
-    return StartHead((scaled @ projection.weight).float(), bias.float(), note)
+    length = mean_length(recipe, splits, towers)
+    weight, bias = text_head(texts, towers.visual.head, towers.logit_scale.exp() / length)
+    return StartHead(weight, bias, f"the head starts from the classes' texts (mean embedding length {length:.3g})")
 
 
-def _mean_length(recipe: FinetuneRecipe, splits: Splits, towers: Any) -> float:
+def build_class_texts(recipe: FinetuneRecipe, splits: Splits) -> ClassTexts:
+    """Both towers' text side for a contrastive fine-tune, in fp32 on the CPU.
+
+    Raises:
+        NoTextTowerError: weights without a text tower.
+    """
+    from probes.embedding import build_towers
+    from probes.prompts import readable
+
+    towers = build_towers(recipe.model, "fp32").cpu()
+    texts = [recipe.head.prompt.format(readable(name)) for name in splits.classes]
+    return ClassTexts(towers, texts, mean_length(recipe, splits, towers))
+
+
+@torch.no_grad()
+def mean_length(recipe: FinetuneRecipe, splits: Splits, towers: Any) -> float:
+    """Mean length of the embeddings of some training images."""
     from eva_clip.transforms import build_eval_transform
     from probes.data import SplitDataset, collate
 

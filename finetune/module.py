@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import nn
 
+from finetune.contrastive import TextHeads, contrastive_loss, texts_of
 from finetune.ema import WeightAverage
 from finetune.layer_decay import build_param_groups
 from finetune.optim import build_optimizer
@@ -86,6 +87,7 @@ class FinetuneModule(LightningModule):
         self.selected: dict[str, Any] | None = None
         self._steps: list[list[float]] = []  # of this epoch: highest lr, lowest lr, gradient norm
         self._began = self._ready = self._waited = 0.0  # seconds
+        self._text_heads = TextHeads()
         self._images: list[int] = []  # positions of the images of the step being accumulated
 
     @property
@@ -135,19 +137,22 @@ class FinetuneModule(LightningModule):
         if len(target) == 0:
             return None
         self._images += batch["index"].tolist()
-        images, mixed = self.mixer(batch["image"], target)
-        logits = self(images)
-        loss = classification_loss(
-            logits,
-            mixed,
-            self.recipe.regularisation.label_smoothing,
-            self._weights_on(logits.device),
-            multi_label=self.multi_label,
-        )
+        loss, logits = self._score_batch(batch["image"], target)
         if not torch.isfinite(loss):
             self._handle_non_finite(f"loss {loss.item()}")
         self._meter("train").update(logits.detach(), target, loss.detach())
         return loss
+
+    def _score_batch(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss [] of the recipe's objective, and logits [B, C]."""
+        texts = texts_of(self.model)
+        if texts is not None:
+            return contrastive_loss(self.model.forward_features(images), target, texts)
+        images, mixed = self.mixer(images, target)
+        logits = self(images)
+        smoothing = self.recipe.regularisation.label_smoothing
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        return classification_loss(logits, mixed, smoothing, weights, multi_label=self.multi_label), logits
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note rates and gradient norm (unscaled), clip, and drop a gradient that is not finite.
@@ -174,6 +179,10 @@ class FinetuneModule(LightningModule):
         if self.ema is not None:
             self.ema.update(self.model)
 
+    def on_validation_start(self) -> None:
+        """Heads made of texts belong to the weights of now."""
+        self._text_heads.clear()
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch of the evaluation split number `dataloader_idx`, with raw and with averaged weights."""
         name = self.evaluation_names[dataloader_idx]
@@ -182,6 +191,7 @@ class FinetuneModule(LightningModule):
             return
         for prefix, weights in self._weight_sets().items():
             with weights:
+                self._text_heads.put(self, prefix)
                 self._meter(prefix + name).update(self(batch["image"]), batch["target"])
 
     def on_train_epoch_end(self) -> None:
@@ -266,9 +276,6 @@ class FinetuneModule(LightningModule):
                 "non_finite.jsonl of the run folder. Lower optimizer.lr, set optimizer.clip_grad=1, use "
                 "trainer.precision=bf16 or fp32, or leave such steps out with trainer.non_finite=skip"
             )
-
-    def _weights_on(self, device: torch.device) -> torch.Tensor | None:
-        return None if self.class_weights is None else self.class_weights.to(device)
 
     def _note_skipped(self, name: str, batch: Batch) -> None:
         if batch.get("skipped"):

@@ -13,6 +13,7 @@ from probes.schedule import epoch_means, warmup_cosine
 from probes.sections import RecipeError
 
 if TYPE_CHECKING:
+    from eva_clip.classifier import Classifier
     from eva_clip.spec_types import ModelSpec
 
 ACTIVATIONS_PER_BLOCK = 34
@@ -128,6 +129,8 @@ def check_recipe(recipe: FinetuneRecipe, train_size: int | None = None) -> None:
             f"trainer.global_batch {section.global_batch} is not a multiple of micro_batch x devices x nodes, {unit}; "
             "change one of them"
         )
+    if recipe.head.objective == "contrastive":
+        check_contrastive(recipe)
     if recipe.optimizer.name == "adamw_8bit" and section.strategy == "fsdp2":
         raise RecipeError(
             "optimizer.name is 'adamw_8bit' with trainer.strategy 'fsdp2', which spreads the moments over devices "
@@ -135,6 +138,46 @@ def check_recipe(recipe: FinetuneRecipe, train_size: int | None = None) -> None:
         )
     if train_size is not None:
         steps_per_epoch(train_size * recipe.augment.repeats, section.global_batch)
+
+
+def check_contrastive(recipe: FinetuneRecipe) -> None:
+    """Refuse what a contrastive objective has no place for.
+
+    Raises:
+        RecipeError: the settings at fault, by name.
+    """
+    wrong = {
+        "regularisation.label_smoothing": (recipe.regularisation.label_smoothing, 0.0),
+        "regularisation.class_weights": (recipe.regularisation.class_weights, "none"),
+        "augment.mixup": (recipe.augment.mixup, 0.0),
+        "augment.cutmix": (recipe.augment.cutmix, 0.0),
+        "tune.what": (recipe.tune.what, "all"),
+        "trainer.strategy": ("fsdp2", "ddp") if recipe.trainer.strategy == "fsdp2" else (None, None),
+    }
+    problems = [
+        f"{name} is {found!r}; expected {expected!r}" for name, (found, expected) in wrong.items() if found != expected
+    ]
+    if recipe.data.labels == "multi":
+        problems.append("data.labels is 'multi'; a contrastive objective takes one class an image")
+    if problems:
+        raise RecipeError("\n".join(["head.objective is 'contrastive'", *problems]))
+
+
+def count_parameters(recipe: FinetuneRecipe, model: Classifier) -> tuple[int, int]:
+    """All parameters and those that are trained; a contrastive objective adds the text side and fixes the head."""
+    import torch
+
+    from eva_clip.towers import build_text_tower
+
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if recipe.head.objective == "contrastive":
+        with torch.device("meta"):
+            text = sum(parameter.numel() for parameter in build_text_tower(model.spec).parameters())
+        text += model.spec.vision.width * model.spec.embed_dim + 1  # projection and scale
+        head = sum(parameter.numel() for parameter in model.head.parameters())
+        return total + text, trainable + text - head
+    return total, trainable
 
 
 def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -155,8 +198,7 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
         model = build_untrained(recipe, size.classes, None)
     section = recipe.optimizer
     groups = build_param_groups(model, section.lr, section.weight_decay, section.layer_decay)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total, trainable = count_parameters(recipe, model)
     micro_batch, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
     memory = _predict(recipe, model.spec, total, trainable, micro_batch, checkpointing)
     speed = measure_tflops(recipe.trainer.precision)
@@ -211,8 +253,7 @@ def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> tuple[FinetuneReci
 
     with torch.device("meta"):
         model = build_untrained(recipe, num_classes, None)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total, trainable = count_parameters(recipe, model)
     size, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
     trainer = replace(recipe.trainer, micro_batch=size, checkpointing=checkpointing)
     return replace(recipe, trainer=trainer), _predict(recipe, model.spec, total, trainable, size, checkpointing)

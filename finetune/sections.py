@@ -21,6 +21,9 @@ class HeadSection(Section):
     "linear_probe": a probe that is fitted first (LP-FT). The last three need pool "cls" and kind "linear"."""
     probe: str | None = None
     """Run folder of a probe on the class token, or its head.safetensors."""
+    objective: str = setting("classes", choices=("classes", "contrastive"))
+    """"classes": cross-entropy of the classifier (published); "contrastive": images against the prompts of their
+    classes, with the text tower trained along (FLYP); needs start "zero_shot"."""
     prompt: str = "{}"
     """Text of a class for "zero_shot"; `{}` is its name, with `-` and `_` read as spaces."""
 
@@ -30,6 +33,11 @@ class HeadSection(Section):
             raise RecipeError(
                 f"start is {self.start!r} with pool {self.pool!r} and kind {self.kind!r}; such a head is a linear "
                 "layer on the class token: set head.pool=cls and head.kind=linear"
+            )
+        if self.objective == "contrastive" and self.start != "zero_shot":
+            raise RecipeError(
+                f"objective is 'contrastive' with start {self.start!r}; its head is made of texts: set "
+                "head.start=zero_shot, head.pool=cls and head.kind=linear"
             )
         if (self.probe is not None) != (self.start == "probe"):
             raise RecipeError(f"probe is {self.probe!r} with start {self.start!r}; give a probe with start=probe alone")
