@@ -58,10 +58,14 @@ class FeatureBatches(Sampler[tuple[int, list[int]]]):
 
 
 class FeatureRows(Dataset[dict[str, torch.Tensor]]):
-    """Stored features with their targets; item `(epoch, rows)` is a whole batch, of that epoch's view."""
+    """Stored features with their targets, or rows of the split's `multi_hot`.
 
-    def __init__(self, table: FeatureTable) -> None:
+    Item `(epoch, rows)` is a whole batch, of that epoch's view.
+    """
+
+    def __init__(self, table: FeatureTable, multi_hot: torch.Tensor | None = None) -> None:
         self.table = table
+        self.targets = table.targets if multi_hot is None else multi_hot[table.index]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -70,7 +74,7 @@ class FeatureRows(Dataset[dict[str, torch.Tensor]]):
         epoch, rows = item
         return {
             "features": self.table.view(epoch % self.table.num_views)[rows].float(),
-            "target": self.table.targets[rows],
+            "target": self.targets[rows],
             "index": self.table.index[rows],
         }
 
@@ -117,7 +121,7 @@ def fit_probe(
     if recipe.features.mode == "cached":
         tables = tables or load_tables(recipe, splits, weights=weights, views=recipe.features.views)
         facts, data = tables["train"].encoder, build_data(recipe, splits, recipe_spec(recipe))
-        train, evaluation = _cached_loaders(recipe, tables, trainer)
+        train, evaluation = _cached_loaders(recipe, splits, tables, trainer)
         for name, table in tables.items():
             data.skipped[name].update(table.skipped)
     else:
@@ -136,6 +140,7 @@ def fit_probe(
         schedule=warmup_cosine(recipe.optimizer.lr, schedule.final_lr, schedule.epochs, steps, schedule.warmup_epochs),
         num_classes=len(splits.classes),
         evaluation_names=data.evaluation_names,
+        multi_label=splits.train.multi_hot is not None,
         class_weights=recipe_class_weights(recipe, splits),
         encoder=encoder,
         encoder_sha256=facts.sha256,
@@ -183,14 +188,18 @@ def build_data(recipe: Recipe, splits: Splits, spec: ModelSpec) -> ImageDataModu
 
 
 def _cached_loaders(
-    recipe: Recipe, tables: Mapping[str, FeatureTable], trainer: pl.Trainer
+    recipe: Recipe, splits: Splits, tables: Mapping[str, FeatureTable], trainer: pl.Trainer
 ) -> tuple[Any, dict[str, Any]]:
     """Batches of stored features: of train this process's share in the order of training, of the other splits all.
 
     Every process scores all of them: the head is cheap on features, and means do not change when each sample counts
     as often.
     """
-    rows = {name: FeatureRows(table) for name, table in tables.items()}
+    shown = {name: split.multi_hot for name, split in splits.named.items() if split.multi_hot is not None}
+    rows = {
+        name: FeatureRows(table, torch.from_numpy(shown[name]) if name in shown else None)
+        for name, table in tables.items()
+    }
     train, section = rows.pop("train"), recipe.trainer
     used = steps_per_epoch(len(train), section.global_batch) * section.global_batch
     sampler = EpochSampler(len(train), used, recipe.run.seed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from probes.class_weights import balanced_weights
+from probes.class_weights import balanced_weights, positive_weights
 from probes.embedding import build_towers
 from probes.heads import build_head, build_zero_shot_weights
 from probes.prompts import readable
@@ -43,7 +43,10 @@ def start_head(recipe: Recipe, classes: list[str], feature_dim: int, weights: st
 
 
 def recipe_class_weights(recipe: Recipe, splits: Splits) -> torch.Tensor | None:
-    """Weight of each class [C], or None for equal ones."""
+    """Weight of each class [C], with several labels an image of its positives; or None for equal ones."""
     if recipe.head.class_weights == "none":
         return None
+    shown = splits.train.multi_hot
+    if shown is not None:
+        return positive_weights(torch.from_numpy(shown.sum(axis=0)), len(shown))
     return balanced_weights(torch.bincount(torch.from_numpy(splits.train.targets), minlength=len(splits.classes)))

@@ -44,13 +44,17 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     if recipe.run.seeds:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=recipe.run.seeds[0]))
     from probes.finish import finish_run, reported_split, save_head
+    from probes.multi_label_probe import check_multi_label_probe, finish_multi_label_probe
     from probes.plan import check_recipe
     from probes.reference_curve import read_reference
     from probes.runs import RunFolder
     from probes.splits import describe, prepare_splits
 
     check_recipe(recipe)
-    splits = prepare_splits(recipe.data, recipe.run.seed)
+    splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
+    several = splits.train.multi_hot is not None
+    if several:
+        check_multi_label_probe(recipe)
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
     from probes.fit import check_machine, fit_probe
@@ -65,6 +69,10 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     from probes.scoring import predict
 
     fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
+    if several:
+        duration = f"{time.monotonic() - start:.0f} s"
+        finish_multi_label_probe(run, recipe, splits, fitted, reported, duration)
+        return
     fitted.module.load_reported_head()
     predictions = predict(fitted.module, fitted.loaders[reported.name], reported)
     save_head(run, recipe, fitted.encoder, recipe.head.kind, fitted.module.head.state_dict(), splits.classes)

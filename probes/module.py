@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from probes.metrics import SplitMeter
+from probes.multi_label_meter import build_meter
 from probes.optim import build_optimizer
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Batch = dict[str, Any]
 class LinearProbe(LightningModule):
     """Trains `head` on features; batches hold `features` [B, D], or `image` [B, 3, H, W] when there is an encoder.
 
+    With `multi_label` targets are bool [B, C], the loss is binary cross-entropy, and mean average precision selects.
     After every epoch `history` grows by one row with the columns of the published logs, and `selected` holds the
     head that scored best on the selection split so far (None when nothing selects).
     """
@@ -43,6 +45,7 @@ class LinearProbe(LightningModule):
         num_classes: int,
         evaluation_names: Sequence[str],
         class_weights: torch.Tensor | None = None,
+        multi_label: bool = False,
         encoder: VisionEncoder | None = None,
         encoder_sha256: str = "",
         on_row: Callable[[dict[str, float]], None] | None = None,
@@ -56,7 +59,13 @@ class LinearProbe(LightningModule):
         self.schedule = schedule
         self.evaluation_names = list(evaluation_names)
         self.on_row = on_row
-        self.meters = nn.ModuleDict({f"{name}_meter": SplitMeter(num_classes) for name in ("train", *evaluation_names)})
+        self.multi_label = multi_label
+        self.meters = nn.ModuleDict(
+            {
+                f"{name}_meter": build_meter(num_classes, multi_label=multi_label, train=name == "train")
+                for name in ("train", *evaluation_names)
+            }
+        )
         self.history: list[dict[str, float]] = []
         self.selected: dict[str, Any] | None = None
         self._rates: list[float] = []
@@ -79,12 +88,12 @@ class LinearProbe(LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor | None:
-        """Cross-entropy of one micro-batch; None (no step) when every image of it was unreadable."""
+        """Loss of one micro-batch; None (no step) when every image of it was unreadable."""
         self._note_skipped("train", batch)
         if len(batch["target"]) == 0:
             return None
         logits = self(batch)
-        loss = F.cross_entropy(logits.float(), batch["target"], weight=self.class_weights)
+        loss = self._loss(logits.float(), batch["target"])
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the training loss is {loss.item()} in epoch {self.current_epoch}; lower optimizer.lr, or use "
@@ -113,7 +122,7 @@ class LinearProbe(LightningModule):
             "train_lr": math.fsum(self._rates) / len(self._rates),
             "train_min_lr": math.fsum(self._rates) / len(self._rates),
             "train_loss": train["loss"],
-            "train_class_acc": train["acc1"] / 100,
+            **({"train_mean_ap": train["mean_ap"]} if self.multi_label else {"train_class_acc": train["acc1"] / 100}),
             "train_loss_scale": self._loss_scale(),
             "train_grad_norm": math.fsum(self._gradient_norms) / len(self._gradient_norms),
         }
@@ -168,10 +177,16 @@ class LinearProbe(LightningModule):
     def _select(self, row: dict[str, float]) -> None:
         if self.selection_name is None:
             return
-        score = row[f"{self.selection_name}_acc1"]
+        score = row[f"{self.selection_name}_{'mean_ap' if self.multi_label else 'acc1'}"]
         if self.selected is None or score > self.selected["score"]:
             state = {key: value.detach().cpu() for key, value in self.head.state_dict().items()}
             self.selected = {"epoch": int(row["epoch"]), "score": score, "head": copy.deepcopy(state)}
+
+    def _loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of class indices [B]; binary cross-entropy, mean over images and classes, of bool [B, C]."""
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, target.float(), pos_weight=self.class_weights)
+        return F.cross_entropy(logits, target, weight=self.class_weights)
 
     def _note_skipped(self, name: str, batch: Batch) -> None:
         if batch.get("skipped"):

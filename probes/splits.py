@@ -126,7 +126,7 @@ def prepare_splits(data: DataSection, seed: int, *, multi_label: bool = False) -
         check_single_label(sources, notes)
     elif not multi_label:
         raise RecipeError(
-            "data.labels is 'multi' and this command trains on one class an image; use python -m finetune, or "
+            "data.labels is 'multi' and this command trains on one class an image; use another method, or "
             "data.labels=single"
         )
     sets = {name: label_sets(source) for name, source in sources.items()} if multi else {}

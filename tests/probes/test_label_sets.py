@@ -80,7 +80,7 @@ def test_several_labels_where_one_is_expected_are_refused_or_noted(tmp_path, cap
     single = prepare_splits(DataSection(format="csv", train=train), 0)
     assert single.classes == ["cat", "cat|dog", "dog"]
     assert "data.labels=multi takes them apart" in single.notes[-1]
-    argv = [str(REPO / "recipes/custom/linear_csv.yaml"), f"data.train={train}", "data.labels=multi"]
+    argv = [str(REPO / "recipes/custom/linear_csv.yaml"), f"data.train={train}", "data.labels=multi", "bank.lrs=[0.1]"]
     assert linear.main(argv) == 2
     assert "this command trains on one class an image" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="labels is 'multi' with format 'folder'"):

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 import probes.knn
+import probes.linear
 import probes.logistic
 import probes.ridge
 from probes.extraction import load_tables
 from probes.method_sections import LogisticRecipe
+from probes.module import LinearProbe
 from probes.recipe import load_recipe
+from probes.sections import OptimizerSection
 from probes.splits import prepare_splits
 
 COMMANDS = {"logistic": probes.logistic.main, "knn": probes.knn.main, "ridge": probes.ridge.main}
@@ -73,3 +77,49 @@ def test_what_is_drawn_by_class_is_refused(argv, capsys):
     assert probes.ridge.main([*argv, "run.seeds=[0,1]"]) == 2
     assert "data.labels is 'multi' with run.seeds or few_shot.shots" in capsys.readouterr().err
     assert not Path("logs").exists()
+
+
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_a_linear_probe_selects_by_average_precision(argv, mode):
+    recipe = [argument for argument in argv if argument != "recipe.yaml" and not argument.startswith("compute.")]
+    Path("linear.yaml").write_text("trainer: {precision: fp32, global_batch: 16, micro_batch: 16}\n")
+    more = [f"features.mode={mode}", "schedule.epochs=20", "schedule.warmup_epochs=0", "optimizer.lr=0.3"]
+    assert probes.linear.main(["linear.yaml", *recipe, *more, "head.class_weights=auto", "run.dir=run"]) == 0
+    rows = [json.loads(line) for line in Path("run/log.txt").read_text(encoding="utf-8").splitlines()]
+    best = max(rows, key=lambda row: row["holdout_mean_ap"])
+    result = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert result["facts"]["chosen"] == f"epoch {best['epoch']}, by holdout"
+    assert result["measured"]["mean_average_precision"] == pytest.approx(best["test_mean_ap"], abs=0.01)
+    assert np.mean(list(read_precisions().values())) == pytest.approx(best["test_mean_ap"], abs=0.01)
+    if mode == "cached":  # on new crops every epoch a random encoder has nothing to learn from
+        assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_the_probes_loss_is_the_formula():
+    """Binary cross-entropy in float64, positives weighted."""
+    torch.manual_seed(0)
+    logits, target, weights = torch.randn(5, 3), torch.rand(5, 3) > 0.5, torch.tensor([1.0, 2.0, 3.0])
+    module = LinearProbe(
+        torch.nn.Identity(),
+        optimizer=OptimizerSection(),
+        schedule=np.ones(1),
+        num_classes=3,
+        evaluation_names=[],
+        class_weights=weights,
+        multi_label=True,
+    )
+    p = logits.double().sigmoid()
+    by_hand = -(weights.double() * target * p.log() + ~target * (1 - p).log()).mean()
+    assert float(module._loss(logits, target)) == pytest.approx(float(by_hand), rel=1e-6)
+
+
+def test_what_a_linear_probe_cannot_have_with_several_labels(argv, capsys):
+    Path("linear.yaml").write_text("")
+    for setting, remedy in (("run.seeds=[0,1]", "leave run.seeds out"), ("head.start=zero_shot", "head.start=fresh")):
+        more = ["features.mode=cached", "head.kind=linear"]
+        more += (
+            ["features.pool=cls", "features.projected=true", "features.l2norm=true"] if "zero_shot" in setting else []
+        )
+        assert probes.linear.main(["linear.yaml", *argv[1:], *more, setting, "run.dir=run"]) == 2
+        assert remedy in capsys.readouterr().err
+    assert not Path("run").exists()
