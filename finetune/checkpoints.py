@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ BLOCK = 1 << 22
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived and the state was saved; exit code 143."""
+    """SIGTERM, or SLURM's warning, arrived and the state was saved; exit code 143."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -27,6 +28,9 @@ class Terminated(SystemExit):
 
 class KeepCheckpoints(Checkpoint):
     """Saves after every n optimizer steps, at the end of every epoch, and at the next step after a SIGTERM.
+
+    In a SLURM job SIGUSR1 (`--signal=SIGUSR1@120`) does the same and then puts the job back into the queue, where the
+    same command with `run.on_existing=resume` goes on. Lightning's own handler would write a second kind of checkpoint.
 
     A checkpoint is written beside its place, flushed to the disk and renamed; only then are older ones removed. When
     the disk is full the last good one stays and the error names it.
@@ -39,14 +43,15 @@ class KeepCheckpoints(Checkpoint):
 
     def __init__(self, folder: Path, every_steps: int, keep: int) -> None:
         self.folder, self.every_steps, self.keep = folder, every_steps, keep
-        self.stopping = False
+        self.stopping = self.requeue = False
         self._saved = -1
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take over SIGTERM: state is only whole between optimizer steps."""
+        """Take over the signals: state is only whole between optimizer steps."""
         self._saved = trainer.global_step
-        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        taken = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in taken}
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Give SIGTERM back."""
@@ -69,13 +74,13 @@ class KeepCheckpoints(Checkpoint):
         if stopping or step % self.every_steps == 0:
             self.save(trainer)
         if stopping:
-            raise Terminated
+            self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Save the finished epoch."""
         self.save(trainer)
         if trainer.strategy.reduce_boolean_decision(self.stopping, all=False):
-            raise Terminated
+            self._stop(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Write one checkpoint and drop those that are too old.
@@ -105,11 +110,33 @@ class KeepCheckpoints(Checkpoint):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
+        self.requeue = self.requeue or number != signal.SIGTERM
+
+    def _stop(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.requeue, all=False) and trainer.is_global_zero:
+            requeue_job()
+        raise Terminated
 
     def _release(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def requeue_job() -> None:
+    """Put this SLURM job, or this element of a job array, back into the queue; say so where SLURM refuses."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        outcome = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        problem = outcome.stderr.strip() if outcome.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        print(f"note: job {job} could not be requeued ({problem}); the state is saved: submit it again", flush=True)
+    else:
+        print(f"note: job {job} is back in the queue", flush=True)
 
 
 def publish(temporary: Path, target: Path) -> None:

@@ -157,3 +157,28 @@ def test_no_readable_checkpoint_is_an_error(tmp_path):
     assert len(list_checkpoints(tmp_path)) == 1
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: .* start over in a new run\.dir"):
         newest_readable(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_requeued_and_goes_on(run, tmp_path):
+    """SLURM's warning saves, requeues, and the same command then finishes as the uninterrupted run."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\necho "$@" >> scontrol.txt\n')
+    scontrol.chmod(0o755)
+    out = run("""
+whole = finish(start("whole"))
+os.environ.update(SLURM_JOB_ID="4711", SLURM_JOB_NAME="train", SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1",
+    SLURM_NNODES="1", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0", SLURM_NODELIST="localhost",
+    PATH=f"{pathlib.Path('bin').resolve()}:{os.environ['PATH']}")
+child = start("run", "checkpoint.every_steps=1000")
+wait_for(child, "run", 6)
+os.kill(child, signal.SIGUSR1)
+print("whole", whole, "stopped", finish(child), "again", finish(start("run", "checkpoint.every_steps=1000")))
+""")
+    assert "whole 0 stopped 143 again 0" in out
+    assert "note: job 4711 is back in the queue" in out
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"
+    assert {path.suffix for path in (tmp_path / "run" / "checkpoints").iterdir()} == {".ckpt", ".sha256"}
+    assert not list((tmp_path / "run").rglob("hpc_ckpt*"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
