@@ -26,10 +26,10 @@ from probes.method_sections import KnnSection, RidgeSection
 from probes.ridge import Ridge
 from probes.softmax_path import fit_path
 
-BASE = {"images": 4000, "width": 256, "classes": 20, "heads": 16}
+BASE = {"images": 4000, "width": 128, "classes": 20, "heads": 16}
 STEPS = {
-    "images": (4000, 8000, 16000, 32000),
-    "width": (128, 256, 512, 1024),
+    "images": (2000, 4000, 8000, 16000),
+    "width": (64, 128, 256, 512),
     "classes": (20, 40, 80, 160),
     "heads": (8, 16, 32, 64),
 }

@@ -46,16 +46,17 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
-    from finetune.finish import export, load_reported, predict
+    from finetune.finish import collect_precisions, export, load_reported
     from finetune.fit import fit_classifier
-    from finetune.multi_label import collect_precisions, finish_multi_label, predict_logits
+    from probes.multi_label_finish import finish_multi_label
+    from probes.scoring import label_scores, predict, predict_logits
 
     fitted = fit_classifier(planned, splits, run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
     weights = load_reported(run, fitted)
-    model, batches = fitted.module.model, fitted.data.loader(reported.name)
-    several = reported.multi_hot is not None
-    scored: Any = predict_logits(model, batches) if several else predict(model, batches, reported)
-    samples = len(scored[1]) if several else len(scored.keys)
+    model = fitted.module.model
+    device = next(model.parameters()).device
+    scored = predict_logits(model, fitted.data.loader(reported.name), device, "image")
+    samples = len(scored[1])
     result = summarise(recipe, recipe_path, splits, fitted, reported, samples)
     if recipe.tune.what == "lora":
         from finetune.lora import merge_lora
@@ -67,12 +68,12 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
-    if several:
-        finish_multi_label(
-            run, recipe, result, collect_precisions(fitted.module, samples, reported.name), reported, *scored
-        )
+    if reported.multi_hot is not None:
+        precisions = collect_precisions(fitted.module, samples, reported.name)
+        finish_multi_label(run, recipe, result, precisions, label_scores(*scored, reported))
         return
-    finish_run(run, recipe, result, scored, reported, reference_log=reference.rows if reference else None)
+    rows = reference.rows if reference else None
+    finish_run(run, recipe, result, predict(*scored, reported), reported, reference_log=rows)
 
 
 def summarise(

@@ -26,7 +26,10 @@ from probes.sections import DataSection, ModelSection, RecipeError, RunSection
 from probes.zeroshot_sections import ComputeSection
 
 if TYPE_CHECKING:
+    import torch
+
     from eva_clip.classifier import Classifier
+    from probes.runs import RunFolder
     from probes.splits import Split
 
 
@@ -64,7 +67,12 @@ def open_split(recipe: EvaluateRecipe, classes: list[str] | None) -> tuple[Split
     position = np.array([classes.index(name) for name in found.classes], dtype=np.int64)
     absent = len(classes) - len(found.classes)
     notes = [f"data.test has no image of {absent} of the {len(classes)} classes"] if absent else []
-    return Split("test", found.test.source, found.test.indices, position[found.test.targets]), classes, notes
+    shown = None
+    if found.test.multi_hot is not None:
+        shown = np.zeros((len(found.test), len(classes)), dtype=np.bool_)
+        shown[:, position] = found.test.multi_hot
+    split = Split("test", found.test.source, found.test.indices, position[found.test.targets], shown)
+    return split, classes, notes
 
 
 def open_classifier(recipe: EvaluateRecipe, classes: list[str], run: Path | None) -> tuple[Classifier, str]:
@@ -114,10 +122,8 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
     import torch
 
     from eva_clip.transforms import build_eval_transform
-    from finetune.multi_label import predict_logits
     from probes.data import SplitDataset, SplitLoader, collate
-    from probes.finish import finish_run
-    from probes.zeroshot import score_logits
+    from probes.scoring import predict_logits
 
     model, loaded = open_classifier(recipe, classes, run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,16 +132,14 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
     dataset = SplitDataset(split, view, recipe.run.seed, data.on_corrupt)
     batch = recipe.compute.batch
     loader: Any = SplitLoader(dataset, batch_size=batch, num_workers=data.workers, collate_fn=collate)
-    logits, index = (torch.from_numpy(array) for array in predict_logits(model, loader))
-    predictions, score = score_logits(logits, index, split)
-    score = dataclasses.replace(score, name="evaluated", chosen_by="schedule", setting="the weights as they are")
+    logits, index = predict_logits(model, loader, next(model.parameters()).device, "image")
     skipped = len(split) - len(index)
     result = RunResult(
         title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
         method="finetune.evaluate",
         classes=classes,
         split_sizes={"test": len(split)},
-        scores=[score],
+        scores=[],
         notes=[*notes, *([f"{skipped} unreadable image(s) were left out."] if skipped else [])],
         facts={
             "encoder": recipe.model.name,
@@ -144,7 +148,28 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
             "duration": f"{time.monotonic() - start:.0f} s",
         },
     )
-    finish_run(folder, recipe, result, predictions, split)
+    finish(folder, recipe, result, logits, index, split)
+
+
+def finish(
+    run: RunFolder, recipe: EvaluateRecipe, result: RunResult, logits: torch.Tensor, index: torch.Tensor, split: Split
+) -> None:
+    """Score logits [N, C] of the images at positions `index` [N] of the split, and report."""
+    from probes.finish import finish_run
+    from probes.multi_label import PrecisionScore
+    from probes.multi_label_finish import finish_multi_label
+    from probes.scoring import label_scores
+    from probes.zeroshot import score_logits
+
+    what = "the weights as they are"
+    if split.multi_hot is not None:
+        labels = label_scores(logits, index, split)
+        score = PrecisionScore("evaluated", "test", "schedule", 0, labels.mean, None, len(index), what)
+        finish_multi_label(run, recipe, result, [score], labels)
+        return
+    predictions, found = score_logits(logits, index, split)
+    found = dataclasses.replace(found, name="evaluated", chosen_by="schedule", setting=what)
+    finish_run(run, recipe, dataclasses.replace(result, scores=[found]), predictions, split)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -12,14 +12,13 @@ from finetune.build import build_untrained
 from finetune.fit import Fitted, load_selected, weights_of
 from finetune.sections import ExpectedSection
 from finetune.sharding import is_sharded
-from probes.results import Expectation, Predictions, Score
-from probes.scoring import collect_predictions
+from probes.multi_label import PrecisionScore
+from probes.results import Expectation, Score
 
 if TYPE_CHECKING:
     from eva_clip.classifier import Classifier
     from finetune.module import FinetuneModule
     from probes.runs import RunFolder
-    from probes.splits import Split
 
 
 def collect_scores(module: FinetuneModule, samples: int, split: str) -> list[Score]:
@@ -43,6 +42,28 @@ def collect_scores(module: FinetuneModule, samples: int, split: str) -> list[Sco
     for prefix in prefixes:
         kind = prefix.removesuffix("_") or "raw"
         best = max(history, key=lambda row, prefix=prefix: row[f"{prefix}{split}_acc1"])  # type: ignore[misc]
+        scores.append(score(f"last_{kind}", "schedule", history[-1], prefix))
+        scores.append(score(f"best_{kind}", split, best, prefix))
+    return scores
+
+
+def collect_precisions(module: FinetuneModule, samples: int, split: str) -> list[PrecisionScore]:
+    """Mean average precision on `split`, the reported one first, in the order of `collect_scores`."""
+    history = module.history
+    prefixes = ["ema_", ""] if module.ema is not None else [""]
+
+    def score(name: str, chosen_by: str, row: dict[str, float], prefix: str) -> PrecisionScore:
+        precision, loss = (row[f"{prefix}{split}_{key}"] for key in ("mean_ap", "loss"))
+        return PrecisionScore(name, split, chosen_by, int(row["epoch"]), precision, loss, samples)
+
+    scores = []
+    if module.selected is not None:
+        row = next(row for row in history if row["epoch"] == module.selected["epoch"])
+        prefix = "ema_" if module.selected["weights"] == "ema" else ""
+        scores.append(score("selected", str(module.selection_name), row, prefix))
+    for prefix in prefixes:
+        kind = prefix.removesuffix("_") or "raw"
+        best = max(history, key=lambda row, prefix=prefix: row[f"{prefix}{split}_mean_ap"])  # type: ignore[misc]
         scores.append(score(f"last_{kind}", "schedule", history[-1], prefix))
         scores.append(score(f"best_{kind}", split, best, prefix))
     return scores
@@ -77,20 +98,6 @@ def load_reported(run: RunFolder, fitted: Fitted) -> str:
         return f"{module.selected['weights']} of epoch {module.selected['epoch']}"
     module.model.load_state_dict(states[kinds[-1]])
     return f"{kinds[-1]} of the last epoch"
-
-
-@torch.no_grad()
-def predict(model: Classifier, batches: Any, split: Split) -> Predictions:
-    """Predictions on every readable image of a split, each once, in fp32."""
-    device = next(model.parameters()).device
-    model.eval()
-    rows, targets, index = [], [], []
-    for batch in batches:
-        if len(batch["target"]):
-            rows.append(model(batch["image"].to(device)).float().softmax(dim=1).cpu())
-            targets.append(batch["target"])
-            index.append(batch["index"])
-    return collect_predictions(torch.cat(rows), torch.cat(targets), torch.cat(index), split)
 
 
 @torch.no_grad()

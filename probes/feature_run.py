@@ -113,7 +113,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     if splits.train.multi_hot is not None:
-        execute_multi_label(recipe, method, splits, reported, run, start)
+        execute_multi_label(recipe, recipe_path, method, splits, reported, run)
         return
     from probes.extraction import load_tables
 

@@ -44,7 +44,8 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     if recipe.run.seeds:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=recipe.run.seeds[0]))
     from probes.finish import finish_run, reported_split, save_head
-    from probes.multi_label_probe import check_multi_label_probe, finish_multi_label_probe
+    from probes.multi_label_finish import finish_multi_label
+    from probes.multi_label_probe import check_multi_label_probe, collect_precisions
     from probes.plan import check_recipe
     from probes.reference_curve import read_reference
     from probes.runs import RunFolder
@@ -66,17 +67,20 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     from probes.baselines import compute_baselines
-    from probes.scoring import predict
+    from probes.scoring import label_scores, predict, predict_logits
 
     fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
+    module = fitted.module
+    module.load_reported_head()
+    scored = predict_logits(module, fitted.loaders[reported.name], module.device)
+    save_head(run, recipe, fitted.encoder, recipe.head.kind, module.head.state_dict(), splits.classes)
+    samples = len(scored[1])
+    result = summarise(recipe, Path(recipe_path), splits, fitted, reported, samples)
     if several:
-        duration = f"{time.monotonic() - start:.0f} s"
-        finish_multi_label_probe(run, recipe, splits, fitted, reported, duration)
+        result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
+        precisions = collect_precisions(module, samples, reported.name)
+        finish_multi_label(run, recipe, result, precisions, label_scores(*scored, reported))
         return
-    fitted.module.load_reported_head()
-    predictions = predict(fitted.module, fitted.loaders[reported.name], reported)
-    save_head(run, recipe, fitted.encoder, recipe.head.kind, fitted.module.head.state_dict(), splits.classes)
-    result = summarise(recipe, Path(recipe_path), splits, fitted, reported, len(predictions.keys))
     result.repeats.extend(repeat_seeds(recipe, splits, fitted, result.reported))
     baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
     result.baselines.extend(baselines)
@@ -84,7 +88,9 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
-    finish_run(run, recipe, result, predictions, reported, reference_log=reference.rows if reference else None)
+    finish_run(
+        run, recipe, result, predict(*scored, reported), reported, reference_log=reference.rows if reference else None
+    )
 
 
 def repeat_seeds(recipe: Recipe, splits: Splits, fitted: Fitted, first: Score) -> list[dict[str, Any]]:
@@ -146,7 +152,7 @@ def summarise(
     """Scores, expectations, notes and facts of a finished fit."""
     from probes.scoring import collect_scores
 
-    scores = collect_scores(fitted.module, samples, reported.name)
+    scores = [] if fitted.module.multi_label else collect_scores(fitted.module, samples, reported.name)
     skipped = [
         f"{len(keys)} unreadable image(s) of {name} were left out, the first {min(keys)}."
         for name, keys in fitted.data.skipped.items()

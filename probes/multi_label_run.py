@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,26 +32,31 @@ def check_repetitions(recipe: MethodRecipe) -> None:
 
 
 def execute_multi_label(
-    recipe: MethodRecipe, method: Method, splits: Splits, reported: Split, run: RunFolder, start: float
+    recipe: MethodRecipe, recipe_path: str, method: Method, splits: Splits, reported: Split, run: RunFolder
 ) -> None:
     """Choose by mean average precision on the selection split, fit again, score once.
 
     Args:
         recipe: the recipe.
+        recipe_path: names the run.
         method: a method that takes targets float [N, C].
         splits: data with `multi_hot`.
         reported: the split that is scored.
         run: where to.
-        start: `time.monotonic()` at the beginning of the run.
     """
+    start = time.monotonic()
     from probes.extraction import load_tables
-    from probes.multi_label import average_precisions, finish_multi_label
-    from probes.results import candidates_csv
+    from probes.feature_run import LinearScorer
+    from probes.finish import save_head
+    from probes.multi_label import PrecisionScore, average_precisions
+    from probes.multi_label_finish import finish_multi_label
+    from probes.results import RunResult, candidates_csv
+    from probes.scoring import label_scores
 
     tables = load_tables(recipe, splits)
     train = samples_of(tables, splits.train)
     candidates: list[dict[str, float]] = []
-    value, chosen_by = method.fixed, "the recipe"
+    value, chosen_by = method.fixed, "schedule"
     selection = splits.selection
     if selection is not None:
         held = samples_of(tables, selection)
@@ -62,26 +68,28 @@ def execute_multi_label(
         if method.refit and selection.name == "holdout" and selection is not reported:
             train = train.joined(held)
     run.write_text("candidates.csv", candidates_csv(candidates))
-    scored = samples_of(tables, reported)
-    encoder = tables["train"].encoder
-    facts: Mapping[str, Any] = {
-        "encoder": recipe.model.name,
-        "weights": encoder.loaded,
-        "encoder sha256": encoder.sha256,
-        "chosen": f"{method.setting} = {value:.6g}, by {chosen_by}",
-        "duration": f"{time.monotonic() - start:.0f} s",
-    }
-    finish_multi_label(
-        run,
-        _scores(method.fit(train, value), scored),
-        scored.targets.numpy() > 0,
-        splits.classes,
+    scorer, scored, encoder = method.fit(train, value), samples_of(tables, reported), tables["train"].encoder
+    if isinstance(scorer, LinearScorer):
+        save_head(run, recipe, encoder, "linear", {"0.weight": scorer.weight, "0.bias": scorer.bias}, splits.classes)
+    index, odds = tables[reported.name].index, method.name == "logistic"
+    labels = label_scores(scorer(scored.features), index, reported, log_odds=odds)
+    name, setting = "selected" if candidates else "last", f"{method.setting} = {value:.6g}"
+    result = RunResult(
+        title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
         method=f"probes.{method.name}",
-        compare=lambda measured: [],
+        classes=splits.classes,
+        split_sizes={name: len(split) for name, split in splits.named.items()},
+        scores=[],
         notes=splits.notes,
-        facts=facts,
+        facts={
+            "encoder": recipe.model.name,
+            "weights": encoder.loaded,
+            "encoder sha256": encoder.sha256,
+            "duration": f"{time.monotonic() - start:.0f} s",
+        },
     )
-    print(f"chosen: {facts['chosen']}")
+    score = PrecisionScore(name, reported.name, chosen_by, 0, labels.mean, None, len(index), setting)
+    finish_multi_label(run, recipe, result, [score], labels)
 
 
 def samples_of(tables: Mapping[str, FeatureTable], split: Split) -> Samples:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from probes.multi_label import LabelScores
 from probes.results import Predictions, Score
 
 if TYPE_CHECKING:
@@ -17,18 +18,37 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def predict(module: LinearProbe, batches: Iterable[dict[str, Any]], split: Split) -> Predictions:
-    """Predictions of the module's present head on every readable sample of a split, each once."""
-    module.eval()
-    outputs, targets, indices = [], [], []
+def predict_logits(
+    model: torch.nn.Module, batches: Iterable[dict[str, Any]], device: torch.device, entry: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 [N, C] of every readable sample, each once, and their positions in the split, int64 [N].
+
+    Args:
+        model: is put into evaluation mode.
+        batches: of one split.
+        device: where the model is.
+        entry: what of a batch the model takes, such as "image"; None gives it the batch.
+    """
+    model.eval()
+    rows, index = [], []
     for batch in batches:
         if len(batch["target"]):
-            moved = {key: batch[key].to(module.device) for key in ("features", "image") if key in batch}
-            outputs.append(module(moved).softmax(dim=1).cpu())
-            targets.append(batch["target"])
-            indices.append(batch["index"])
-    probability = torch.cat(outputs)  # [N, C]
-    return collect_predictions(probability, torch.cat(targets), torch.cat(indices), split)
+            moved: dict[str, torch.Tensor] = {k: batch[k].to(device) for k in ("features", "image") if k in batch}
+            rows.append(model(moved if entry is None else moved[entry]).float().cpu())
+            index.append(batch["index"])
+    return torch.cat(rows), torch.cat(index)
+
+
+def label_scores(logits: torch.Tensor, index: torch.Tensor, split: Split, *, log_odds: bool = True) -> LabelScores:
+    """Scores [N, C] of the images at positions `index` [N] of a split with `multi_hot`, beside what they show."""
+    assert split.multi_hot is not None
+    keys, positions = split.keys, index.tolist()
+    return LabelScores([keys[i] for i in positions], logits.numpy(), split.multi_hot[positions], log_odds)
+
+
+def predict(logits: torch.Tensor, index: torch.Tensor, split: Split) -> Predictions:
+    """Predictions from logits [N, C] of the samples at positions `index` [N] of a split."""
+    return collect_predictions(logits.softmax(dim=1), torch.from_numpy(split.targets)[index], index, split)
 
 
 def collect_predictions(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,21 +74,8 @@ def _run(
         "texts from": prompts.source,
         "duration": f"{time.monotonic() - start:.0f} s",
     }
-    if recipe.scoring.kind == "multi_label":
-        from probes.multi_label import finish_multi_label
-
-        finish_multi_label(
-            run,
-            logits.numpy(),
-            splits.multi_hot[index.numpy()],
-            splits.classes,
-            method="probes.zeroshot",
-            compare=partial(recipe.expected.compare, recipe.model.name),
-            notes=notes,
-            facts=facts,
-        )
-    else:
-        _finish_single_label(run, recipe, recipe_path, logits, splits, index, notes, facts)
+    finish = _finish_multi_label if recipe.scoring.kind == "multi_label" else _finish_single_label
+    finish(run, recipe, recipe_path, logits, splits, index, notes, facts)
 
 
 def _open(recipe: ZeroShotRecipe) -> tuple[Evaluation, Prompts]:
@@ -129,7 +116,7 @@ def _finish_single_label(
         "mean_top1_top5": (score.top1 + score.top5) / 2,
     }
     result = RunResult(
-        title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
+        title=_title(recipe_path),
         method="probes.zeroshot",
         classes=splits.classes,
         split_sizes={"test": len(splits.test)},
@@ -146,6 +133,42 @@ def _finish_single_label(
     print(f"mean of top-1 and top-5 {measured['mean_top1_top5']:.2f}")
 
 
+def _finish_multi_label(
+    run: RunFolder,
+    recipe: ZeroShotRecipe,
+    recipe_path: str,
+    logits: torch.Tensor,
+    splits: Evaluation,
+    index: torch.Tensor,
+    notes: list[str],
+    facts: dict[str, str],
+) -> None:
+    """Score by average precision, compare with the recipe's figure, report."""
+    from probes.multi_label import PrecisionScore
+    from probes.multi_label_finish import finish_multi_label
+    from probes.scoring import label_scores
+
+    test = dataclasses.replace(splits.test, multi_hot=splits.multi_hot)
+    labels = label_scores(logits, index, test, log_odds=False)
+    result = RunResult(
+        title=_title(recipe_path),
+        method="probes.zeroshot",
+        classes=splits.classes,
+        split_sizes={"test": len(test)},
+        scores=[],
+        expectations=recipe.expected.compare(recipe.model.name, {"mean_average_precision": labels.mean}),
+        notes=notes,
+        facts=facts,
+    )
+    score = PrecisionScore("zero-shot", "test", "nothing", 0, labels.mean, None, len(index))
+    finish_multi_label(run, recipe, result, [score], labels)
+
+
+def _title(recipe_path: str) -> str:
+    """Folder and name of the recipe."""
+    return f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}"
+
+
 def _shorten(templates: Sequence[str], most: int = 4) -> str:
     """All templates, or the first few and their number; `prompts.json` has them all."""
     if len(templates) <= most:
@@ -158,14 +181,14 @@ def score_logits(logits: torch.Tensor, index: torch.Tensor, split: Split) -> tup
     import torch
 
     from probes.metrics import SplitMeter
-    from probes.scoring import collect_predictions
+    from probes.scoring import predict
 
     targets = torch.from_numpy(split.targets)[index]
     meter = SplitMeter(logits.shape[1])
     meter.update(logits, targets)
     values = meter.compute_and_reset()
     score = Score("zero-shot", split.name, "nothing", 0, values["acc1"], values["acc5"], values["loss"], len(targets))
-    return collect_predictions(logits.softmax(dim=1), targets, index, split), score
+    return predict(logits, index, split), score
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, recall_score
 
+from finetune import evaluate
 from finetune.__main__ import main
 
 REPO = Path(__file__).resolve().parents[2]
@@ -118,3 +119,10 @@ def test_several_labels_an_image(tmp_path):
     assert result["scores"][0]["epoch"] == best["epoch"]
     assert "mean average precision" in (folder / "report.html").read_text(encoding="utf-8")
     assert len(rows_of(folder / "average_precision.csv")) == 4
+
+    evaluated = tmp_path / "evaluated"
+    assert evaluate.main([str(folder), f"run.dir={evaluated}"]) == 0
+    again = json.loads((evaluated / "result.json").read_text(encoding="utf-8"))
+    assert again["measured"]["mean_average_precision"] == pytest.approx(measured, abs=1e-3), "of the exported file"
+    assert again["classes"] == classes
+    assert (evaluated / "report.html").exists()

@@ -55,7 +55,18 @@ def test_a_method_is_chosen_and_scored_by_average_precision(argv, name, capsys):
     assert result["measured"]["mean_average_precision"] == pytest.approx(np.mean(list(precisions.values())), abs=1e-3)
     rows = list(csv.DictReader(Path("run/candidates.csv").read_text(encoding="utf-8").splitlines()))
     best = max(rows, key=lambda row: float(row["mean_average_precision"]))
-    assert f"= {float(next(iter(best.values()))):.6g}, by holdout" in result["facts"]["chosen"]
+    score = result["scores"][0]
+    assert score["setting"].endswith(f"= {float(next(iter(best.values()))):.6g}")
+    assert (score["name"], score["split"], score["chosen_by"]) == ("selected", "test", "holdout")
+    low, high = result["interval"]
+    assert low < result["measured"]["mean_average_precision"] < high
+    assert f'<td class="num">{score["setting"]}</td>' in Path("run/report.html").read_text(encoding="utf-8")
+    assert Path("run/head.safetensors").exists() == (name != "knn")
+    predictions = list(csv.DictReader(Path("run/predictions.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(predictions) == score["samples"]
+    of_even = [float(row["probability of even" if name == "logistic" else "score of even"]) for row in predictions]
+    found = average_precision_score(["even" in row["labels"].split("|") for row in predictions], of_even)
+    assert 100 * found == pytest.approx(precisions["even"], abs=0.1), "the table's six digits may tie"
     assert precisions["even"] > 60, "half of the digits are even"
 
 
@@ -88,7 +99,10 @@ def test_a_linear_probe_selects_by_average_precision(argv, mode):
     rows = [json.loads(line) for line in Path("run/log.txt").read_text(encoding="utf-8").splitlines()]
     best = max(rows, key=lambda row: row["holdout_mean_ap"])
     result = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
-    assert result["facts"]["chosen"] == f"epoch {best['epoch']}, by holdout"
+    score = result["scores"][0]
+    assert (score["name"], score["epoch"], score["chosen_by"]) == ("selected", best["epoch"], "holdout")
+    assert [score["name"] for score in result["scores"]] == ["selected", "last", "best"]
+    assert Path("run/report.html").read_text(encoding="utf-8").count("<svg") >= 2
     assert result["measured"]["mean_average_precision"] == pytest.approx(best["test_mean_ap"], abs=0.01)
     assert np.mean(list(read_precisions().values())) == pytest.approx(best["test_mean_ap"], abs=0.01)
     if mode == "cached":  # on new crops every epoch a random encoder has nothing to learn from
