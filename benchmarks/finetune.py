@@ -6,17 +6,19 @@ Both train one tower of the model's shape (default EVA01-CLIP-nano with 32 image
 layers with 8) from the same weights on the same batches in memory: layer-decayed AdamW, label smoothing, average of the
 weights after each step, drop path at the rate named. timm's side is its tower with its own head,
 `create_optimizer_v2`, `LabelSmoothingCrossEntropy`, `ModelEmaV3` and the body of its `train_one_epoch`. Rounds take
-turns; a ratio is of two times of one round. Peak memory is that of a process of its own above what it held before the
-first step (Linux).
+turns; a ratio is of two times of one round. Peak memory is the most that torch's tensors held at once, in a process
+of its own, by torch's profiler; what the process takes from the system besides differs from run to run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -28,6 +30,7 @@ import timm.optim
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.utils import ModelEmaV3
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from eva_clip.classifier import Classifier
@@ -130,7 +133,7 @@ WAYS: dict[str, Callable[..., tuple[float, float]]] = {"ours": by_us, "timm": by
 
 
 def measure_peak(way: str, name: str, batch: int, rate: float, precision: str) -> float:
-    """GiB of a fresh process above what it holds before its first step."""
+    """GiB that the tensors of a fresh process held at most; weights included, batches not."""
     command = [sys.executable, "-m", "benchmarks.finetune", "--peak", way, name, str(batch), str(rate), precision]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -138,16 +141,13 @@ def measure_peak(way: str, name: str, batch: int, rate: float, precision: str) -
 def print_peak(way: str, name: str, batch: str, rate: str, precision: str) -> None:
     """The child of `measure_peak`."""
     batches = make_batches(name, int(batch))
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of the imports
-    before = read_status("VmRSS")
-    WAYS[way](name, float(rate), precision, batches)
-    print((read_status("VmHWM") - before) / 2**20)
-
-
-def read_status(name: str) -> int:
-    """KiB of this process, from the kernel."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            WAYS[way](name, float(rate), precision, batches)
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    print(max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]") / 2**30)
 
 
 def main() -> None:
@@ -159,7 +159,7 @@ def main() -> None:
         return
     print(
         "| model, images | precision | drop path | timm, s a step | ours over timm's speed (min-max) | optimizer and "
-        "average, ours | timm | peak GiB, ours | timm |\n|---|---|---|---|---|---|---|---|---|"
+        "average, ours | timm | peak of tensors, GiB, ours | timm |\n|---|---|---|---|---|---|---|---|---|"
     )
     for name, batch in zip(arguments[::2], map(int, arguments[1::2]), strict=True):
         batches = make_batches(name, batch)
@@ -175,7 +175,7 @@ def main() -> None:
                 print(
                     f"| {name}, {batch} | {precision} | {rate} | {statistics.median(t for t, _ in times['timm']):.3f} "
                     f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {share['ours']:.0%} "
-                    f"| {share['timm']:.0%} | {peak['ours']:.2f} | {peak['timm']:.2f} |",
+                    f"| {share['timm']:.0%} | {peak['ours']:.3f} | {peak['timm']:.3f} |",
                     flush=True,
                 )
 

@@ -66,7 +66,7 @@ def open_split(recipe: EvaluateRecipe, classes: list[str] | None) -> tuple[Split
         )
     position = np.array([classes.index(name) for name in found.classes], dtype=np.int64)
     absent = len(classes) - len(found.classes)
-    notes = [f"data.test has no image of {absent} of the {len(classes)} classes"] if absent else []
+    notes = [*found.notes, *([f"data.test has no image of {absent} of the {len(classes)} classes"] if absent else [])]
     shown = None
     if found.test.multi_hot is not None:
         shown = np.zeros((len(found.test), len(classes)), dtype=np.bool_)

@@ -173,8 +173,14 @@ class FinetuneModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad, norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move the average."""
+        """Step, then move the average.
+
+        Gradients go at once: Lightning keeps them until the next backward pass, through the forward pass that needs
+        the memory.
+        """
         super().optimizer_step(*args, **kwargs)
+        for parameter in self.model.parameters():
+            parameter.grad = None
         self._images = []
         if self.ema is not None:
             self.ema.update(self.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from probes.bank_plan import bank_features, bank_kinds
 from probes.bank_results import bank_csv, chosen_head, score_bank, summarise_bank
 from probes.bank_start import Tables, build_fit, load_bank_tables
 from probes.baselines import compute_baselines
+from probes.draws import with_first_seed, with_seed
 from probes.encoder import recipe_spec
 from probes.finish import finish_run, reported_split, save_head
 from probes.fit import Fitted, build_data, check_machine
@@ -25,6 +26,7 @@ from probes.splits import describe, prepare_splits
 
 if TYPE_CHECKING:
     from probes.bank_fit import BankFit
+    from probes.results import Score
     from probes.splits import Splits
 
 CHECKPOINT = "checkpoints/last.ckpt"
@@ -38,6 +40,7 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
         ValueError: every head diverged.
     """
     start = time.monotonic()
+    asked, recipe = recipe, with_first_seed(recipe)
     check_recipe(recipe)
     splits = prepare_splits(recipe.data, recipe.run.seed)
     if splits.selection is None:
@@ -50,7 +53,7 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
     check_machine(recipe)
     for kind in bank_kinds(recipe):
         bank_features(recipe, kind).feature_dim(recipe_spec(recipe))  # refuses more blocks than there are
-    run = RunFolder.create(recipe, recipe_path)
+    run = RunFolder.create(asked, recipe_path)
     run.write_json("data.json", describe(splits))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
@@ -63,11 +66,38 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
     chosen = chosen_recipe(recipe, fit)
     save_head(run, chosen, fitted.encoder, recipe.head.kind, fitted.module.head.state_dict(), splits.classes)
     result = summarise_bank(recipe, Path(recipe_path), splits, fit, tables, scores)
+    result.repeats.extend(repeat_seeds(recipe, splits, tables, result.reported))
     baselines, left_out = compute_baselines(chosen, splits, fitted, reported)
     result.baselines.extend(baselines)
     result.notes.extend(left_out)
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
     finish_run(run, recipe, result, predictions, reported)
+
+
+def repeat_seeds(recipe: Recipe, splits: Splits, tables: Tables, first: Score) -> list[dict[str, Any]]:
+    """Rows of `run.seeds`: the first is the run's own, the others' banks are trained here on the same extraction.
+
+    Raises:
+        ValueError: every head of a seed diverged.
+    """
+    if len(recipe.run.seeds) < 2:
+        return []
+    rows = [{"seed": recipe.run.seeds[0], "top1": first.top1, "chosen": first.setting}]
+    for seed in recipe.run.seeds[1:]:
+        drawn = with_seed(splits, recipe.data.holdout, seed)
+        taken = {
+            kind: {name: of[name].whole.take(split) for name, split in drawn.named.items()}
+            for kind, of in tables.items()
+        }
+        fit = build_fit(dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=seed)), drawn, taken)
+        while fit.epoch < fit.epochs:
+            fit.run_epoch()
+            log_row(fit)
+        reported = drawn.named[first.split]
+        score = score_bank(fit, {kind: of[first.split] for kind, of in taken.items()}, reported)[1][0]
+        rows.append({"seed": seed, "top1": score.top1, "chosen": score.setting})
+        print(f"seed {seed}: top-1 {score.top1:.2f}, {score.setting}", flush=True)
+    return rows
 
 
 def train_bank(fit: BankFit, run: RunFolder, *, encoder_sha256: str) -> None:

@@ -61,8 +61,6 @@ def check_bank(recipe: Recipe) -> list[str]:
             f"bank.kinds is {bank.kinds} with features.projected; only the class token has a projection, so leave "
             "bank.kinds empty or set features.projected=false"
         )
-    if recipe.run.seeds:
-        problems.append("run.seeds repeats one head, not a bank; run the recipe once with each run.seed")
     if recipe.schedule.final_lr:
         problems.append(f"schedule.final_lr is {recipe.schedule.final_lr}; the rates of a bank end at 0")
     if trainer.devices > 1:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from probes.sections import Recipe
 from probes.splits import Split, Splits, choose_holdout
 
 SHOTS_STREAM = 0x5407
@@ -23,6 +24,13 @@ def whole_train(splits: Splits) -> Split:
     for part in (train, held):
         targets[np.searchsorted(indices, part.indices)] = part.targets
     return Split("train", train.source, indices, targets)
+
+
+def with_first_seed(recipe: Recipe) -> Recipe:
+    """The recipe of the first of `run.seeds`; itself where there are none."""
+    if not recipe.run.seeds:
+        return recipe
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=recipe.run.seeds[0]))
 
 
 def with_seed(splits: Splits, share: float, seed: int) -> Splits:

@@ -40,9 +40,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
         execute_bank(recipe, recipe_path)
         return
     start = time.monotonic()
-    asked = recipe
-    if recipe.run.seeds:
-        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=recipe.run.seeds[0]))
+    from probes.draws import with_first_seed
     from probes.finish import finish_run, reported_split, save_head
     from probes.multi_label_finish import finish_multi_label
     from probes.multi_label_probe import check_multi_label_probe, collect_precisions
@@ -51,6 +49,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     from probes.runs import RunFolder
     from probes.splits import describe, prepare_splits
 
+    asked, recipe = recipe, with_first_seed(recipe)
     check_recipe(recipe)
     splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
     several = splits.train.multi_hot is not None

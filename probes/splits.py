@@ -146,7 +146,7 @@ def prepare_splits(data: DataSection, seed: int, *, multi_label: bool = False) -
 
 
 def open_evaluation_split(data: DataSection) -> Evaluation:
-    """`data.test` alone, for evaluations without training. Reads no image.
+    """`data.test` alone, or the rows of split "test" in CSVs given as `data.train`. Reads no image.
 
     The classes are those of its own labels; all classes of a library's set, in its order, also those that do not
     occur. Where an image shows several classes its target is the first of them, and `multi_hot` has them all.
@@ -155,16 +155,19 @@ def open_evaluation_split(data: DataSection) -> Evaluation:
         DataAbsent: nothing is there.
         RecipeError: `data.test` is null or wrong, or there are no classes.
     """
-    if data.test is None:
+    notes: list[str] = []
+    test = data.test or (_paths_by_split(data, data.train, notes).get("test") if data.train else None)
+    if test is None:
         raise RecipeError("data.test is null; name the images to score, such as data.test=path/to/test")
-    source = _open(data, data.test, "test")
+    source = _open(data, test, "test")
     several = data.labels == "multi" or source.multi_hot is not None
     sets = label_sets(source) if several else None
     labels = set(source.labels) if sets is None else set().union(*sets)
     classes = sort_classes(labels) if source.classes is None else source.classes
     if not classes:
-        raise RecipeError(f"data.test: {data.test} has no classes; expected labelled images")
-    return Evaluation(classes, _whole_split("test", source, classes, sets), [])
+        raise RecipeError(f"data.test: {test} has no classes; expected labelled images")
+    notes = [note for note in notes if note.startswith("test ")]
+    return Evaluation(classes, _whole_split("test", source, classes, sets), notes)
 
 
 def describe(splits: Splits | Evaluation) -> dict[str, Any]:

@@ -515,6 +515,19 @@ def test_a_bank_whose_heads_all_diverge_says_so(start, tmp_path):
     assert "every head of the bank has a loss that is not finite in epoch 0; set lower bank.lrs" in outcome.err
 
 
+def test_seeds_are_the_banks_of_each_seed(start, tmp_path):
+    assert start("both", "bank.lrs=[0.03,0.3,3.0]", "run.seeds=[3,4]").code == 0
+    both = json.loads((tmp_path / "both" / "result.json").read_text())
+    for row in both["repeats"]:
+        assert start(f"seed{row['seed']}", "bank.lrs=[0.03,0.3,3.0]", f"run.seed={row['seed']}").code == 0
+        alone = json.loads((tmp_path / f"seed{row['seed']}" / "result.json").read_text())
+        assert alone["scores"][0]["top1"] == pytest.approx(row["top1"])
+        assert alone["scores"][0]["setting"] == row["chosen"]
+        if row["seed"] == 3:
+            assert alone["scores"] == both["scores"]
+    assert [row["seed"] for row in both["repeats"]] == [3, 4]
+
+
 def test_a_run_on_the_split_that_chose_says_so(start, tmp_path):
     outcome = start("run", "bank.lrs=[0.3,1.0]", "data.test=null")
     assert outcome.code == 0, outcome.err
@@ -528,7 +541,6 @@ def test_a_run_on_the_split_that_chose_says_so(start, tmp_path):
     [
         (["features.mode=online"], "set features.mode=cached"),
         (["data.holdout=0.0"], "set data.holdout=0.15"),
-        (["run.seeds=[0,1]"], "run.seeds repeats one head, not a bank"),
         (["schedule.final_lr=0.1"], "the rates of a bank end at 0"),
         (["trainer.devices=2", "trainer.micro_batch=6"], "set trainer.devices=1"),
         (["trainer.micro_batch=6"], "set trainer.micro_batch=12"),
