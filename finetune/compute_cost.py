@@ -35,12 +35,12 @@ def forward_equivalents(tune: TuneSection, layers: int, *, checkpointing: bool, 
 
 
 def predict_hours(spec: ModelSpec, images: int, passes: float, tflops: float) -> float:
-    """Hours of training, without evaluation.
+    """Hours that images take.
 
     Args:
         spec: the model at the recipe's resolution.
-        images: views that are trained on, over all epochs.
-        passes: of `forward_equivalents`.
+        images: views, over all epochs.
+        passes: what each costs; of `forward_equivalents` when it is trained on.
         tflops: 10^12 operations a second of plain matrix products, over all devices.
     """
     return images * passes * vision_gflop(spec.vision) / 1e3 / (EFFICIENCY * tflops) / 3600

@@ -82,15 +82,19 @@ def compare_expected(expected: ExpectedSection, scores: list[Score]) -> list[Exp
 def load_reported(run: RunFolder, fitted: Fitted) -> str:
     """Put the reported weights into the model and write all kinds; returns what the reported ones are.
 
-    `last_raw.safetensors` and, with an average, `last_ema.safetensors` hold the last epoch's tensors.
+    `last_raw.safetensors` and, with an average, `last_ema.safetensors` hold the last epoch's tensors as
+    `eva_clip.export.save_model` names them, so that each can be another recipe's `model.weights`.
     """
     module = fitted.module
     kinds = ["raw", "ema"] if module.ema is not None else ["raw"]
     states = {kind: weights_of(module, kind) for kind in kinds}
     for kind, state in states.items():
         if run.writes:
-            classifier = {name: tensor for name, tensor in state.items() if not name.startswith("texts.")}
-            save_file(classifier, run.path / f"last_{kind}.safetensors", {"weights": kind, "epoch": "last"})
+            named = {
+                name.removeprefix("tower."): tensor for name, tensor in state.items() if not name.startswith("texts.")
+            }
+            said = {"kind": "classifier", "pool": module.model.pool, "weights": kind, "epoch": "last"}
+            save_file(named, run.path / f"last_{kind}.safetensors", {"model": module.model.spec.name, **said})
     if is_sharded(module.model):  # from here on every process has a whole model
         module.model = build_untrained(module.recipe, module.model.num_classes, None)
     if module.selected is not None:

@@ -57,7 +57,7 @@ class FinishedRun:
         file = self.path / f"last_{kind}.safetensors"
         if not file.is_file():
             raise RecipeError(f"{self.path} has no {kind} weights; the run kept no average")
-        return load_file(file)
+        return {name if name.startswith("head.") else f"tower.{name}": t for name, t in load_file(file).items()}
 
     def score(self, model: Classifier, split: Split) -> dict[str, float]:
         """`acc1`, `acc5` (percent) and `loss` of a model on a split of this run's, each image once."""

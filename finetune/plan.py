@@ -184,7 +184,8 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
     """The content of `python -m finetune RECIPE --plan`: the probe's fields, groups, memory (GiB) and hours.
 
     `lr_by_epoch` is of the last layers' groups, `min_lr_by_epoch` of the lowest bucket, means over steps. `hours` is
-    for as many devices like this one as the recipe names; `hours_from` says what it was computed from.
+    for as many devices like this one as the recipe names; `hours_from` says what it was computed from, with the images
+    that are scored after every epoch (null where the data are not there; their time is then left out).
     """
     import torch
 
@@ -223,19 +224,29 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
         "train_size": size.train,
         "num_classes": size.classes,
         "peak_memory_gib": round(memory.total, 2),
-        "hours": round(hours_of(recipe, model.spec, steps, checkpointing, speed), 4),
-        "hours_from": {"matrix_product_tflops": round(speed, 3), "assumed_share": EFFICIENCY},
+        "hours": round(hours_of(recipe, model.spec, steps, size.evaluated or 0, checkpointing, speed), 4),
+        "hours_from": {
+            "matrix_product_tflops": round(speed, 3),
+            "assumed_share": EFFICIENCY,
+            "evaluated_per_epoch": size.evaluated,
+        },
         "param_groups": describe_groups(groups),
     }
 
 
-def hours_of(recipe: FinetuneRecipe, spec: ModelSpec, steps: int, checkpointing: bool, tflops: float) -> float:
-    """Hours of a recipe's training on devices of that speed, evaluation left out."""
+def hours_of(
+    recipe: FinetuneRecipe, spec: ModelSpec, steps: int, evaluated: int, checkpointing: bool, tflops: float
+) -> float:
+    """Hours of a recipe on devices of that speed: its training, and `evaluated` images after every epoch.
+
+    These pass once, and once more where averaged weights are scored beside the raw ones.
+    """
     section = recipe.trainer
     dropped = recipe.regularisation.drop_path / 2 if recipe.regularisation.skip_dropped else 0.0  # mean over blocks
     passes = forward_equivalents(recipe.tune, spec.vision.layers, checkpointing=checkpointing, dropped=dropped)
-    images = section.global_batch * steps * recipe.schedule.epochs
-    return predict_hours(spec, images, passes, tflops * section.devices * section.nodes)
+    epochs, speed = recipe.schedule.epochs, tflops * section.devices * section.nodes
+    training = predict_hours(spec, section.global_batch * steps * epochs, passes, speed)
+    return training + predict_hours(spec, evaluated * epochs, 1.0 if recipe.ema.decay is None else 2.0, speed)
 
 
 def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> tuple[FinetuneRecipe, Memory]:

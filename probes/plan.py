@@ -16,6 +16,8 @@ class DataSize:
 
     train: int
     classes: int
+    evaluated: int | None = None
+    """Samples that are scored after every epoch; None where the data are not there to be counted."""
 
 
 def measure_data(data: DataSection, seed: int) -> DataSize:
@@ -32,7 +34,8 @@ def measure_data(data: DataSection, seed: int) -> DataSize:
     from probes.splits import prepare_splits
 
     splits = prepare_splits(data, seed, multi_label=data.labels == "multi")  # the run itself refuses where it must
-    return DataSize(len(splits.train), len(splits.classes))
+    evaluated = sum(len(split) for name, split in splits.named.items() if name != "train")
+    return DataSize(len(splits.train), len(splits.classes), evaluated)
 
 
 def check_model(model: ModelSection) -> None:

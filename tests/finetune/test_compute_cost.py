@@ -6,7 +6,8 @@ import pytest
 
 from eva_clip.specs import get_model_spec
 from finetune.compute_cost import EFFICIENCY, forward_equivalents, measure_peak_gib, measure_tflops, predict_hours
-from finetune.sections import TuneSection
+from finetune.plan import hours_of
+from finetune.sections import FinetuneRecipe, TuneSection
 
 
 def test_hours_of_the_published_run():
@@ -14,6 +15,18 @@ def test_hours_of_the_published_run():
     images = 2502 * 512 * 20
     hours = predict_hours(get_model_spec("EVA01-CLIP-g-14"), images, 3.0, tflops=8 * 600)
     assert hours == pytest.approx(images * 3 * 533.6e9 / (EFFICIENCY * 8 * 600e12) / 3600, rel=2e-3)
+
+
+def test_images_that_are_scored_pass_once_or_twice():
+    recipe, spec = FinetuneRecipe(), get_model_spec("EVA01-CLIP-g-14")
+    recipe.regularisation.drop_path = 0.0
+    trained = hours_of(recipe, spec, 100, 0, False, 10.0)
+    assert trained == pytest.approx(predict_hours(spec, 100 * 512 * recipe.schedule.epochs, 3.0, 10.0))
+    both = hours_of(recipe, spec, 100, 7000, False, 10.0) - trained
+    recipe.ema.decay = None
+    raw = hours_of(recipe, spec, 100, 7000, False, 10.0) - trained
+    assert both == pytest.approx(2 * raw)
+    assert raw == pytest.approx(predict_hours(spec, 7000 * recipe.schedule.epochs, 1.0, 10.0), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -83,6 +84,30 @@ def test_two_processes_are_one_also_when_stopped(start, one, engine):
             )
     lines = [(run / "predictions.csv").read_text().splitlines() for run in (one, folder)]
     assert len(lines[0]) == len(lines[1]) == 1 + 20, "every image once"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_several_labels(start, png_digits):
+    """Digits with their name and their parity; one has mean average precision where the others have accuracy."""
+    with png_digits.csv.open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    table = png_digits.csv.with_name("several_labels.csv")
+    parity = {"zero": "even", "two": "even", "one": "odd", "three": "odd"}
+    lines = [f"{row['path']},{row['label']}|{parity[row['label']]},{row['split']}" for row in rows]
+    table.write_text("\n".join(["path,label,split", *lines]) + "\n", encoding="utf-8")
+    data = ["data.format=csv", f"data.train={table}", "data.test=null", "data.labels=multi"]
+    data += ["regularisation.class_weights=auto"]
+    folders = []
+    for folder, more in (("several1", []), ("several2", ["trainer.devices=2", "trainer.strategy=ddp"])):
+        process, path = start(folder, *data, *more)
+        finish(process)
+        folders.append(path)
+    for row, other in zip(*map(read_rows, folders), strict=True):
+        assert {"train_mean_ap", "ema_test_mean_ap"} <= row.keys()
+        assert other == pytest.approx(row, rel=1e-4, abs=1e-6)
+    first, second = (json.loads((folder / "result.json").read_text()) for folder in folders)
+    assert second["measured"] == pytest.approx(first["measured"], rel=1e-4)
+    assert first["scores"][0]["samples"] == second["scores"][0]["samples"] == 20, "every image once"
 
 
 @pytest.mark.slow

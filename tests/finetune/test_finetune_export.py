@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from eva_clip import build_classifier
 from eva_clip.transforms import build_eval_transform, to_rgb
@@ -26,8 +25,8 @@ def test_timm_gives_the_logits_of_the_run(png_digits, tmp_path, monkeypatch, poo
     argv = [str(RECIPE), "data.format=folder", f"data.train={png_digits.train}", f"data.test={png_digits.test}"]
     argv += ["trainer.global_batch=16", "trainer.micro_batch=16", "schedule.epochs=1", "schedule.warmup_epochs=0"]
     assert main([*argv, "head.start=fresh", f"head.pool={pool}", f"head.kind={head}", "run.dir=run"]) == 0
-    ours = build_classifier("EVA01-CLIP-nano", 4, pool=pool, head=head)
-    ours.load_state_dict(load_file("run/last_ema.safetensors"))
+    ours = build_classifier("EVA01-CLIP-nano", 4, pool=pool, head=head, checkpoint="run/last_ema.safetensors")
+    assert not ours.load_report.missing, "head and fc_norm are the file's"
     theirs = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
 
     view = build_eval_transform(ours.spec.vision.image_size, ours.spec.image_mean, ours.spec.image_std)
@@ -48,3 +47,32 @@ def test_timm_gives_the_logits_of_the_run(png_digits, tmp_path, monkeypatch, poo
     settings = timm.data.resolve_model_data_config(theirs)
     assert tuple(settings["input_size"]) == (3, ours.spec.vision.image_size, ours.spec.vision.image_size)
     assert settings["mean"] == pytest.approx(ours.spec.image_mean)
+
+
+def test_a_rate_of_zero_changes_nothing(png_digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(RECIPE), "data.format=folder", f"data.train={png_digits.train}", f"data.test={png_digits.test}"]
+    argv += ["trainer.global_batch=16", "trainer.micro_batch=16", "schedule.epochs=1", "schedule.warmup_epochs=0"]
+    assert main([*argv, "head.start=fresh", "optimizer.lr=0.0", "run.dir=run"]) == 0
+    row = json.loads(Path("run/log.txt").read_text(encoding="utf-8").splitlines()[-1])
+    assert row["train_lr"] == row["train_min_lr"] == 0
+    before = build_classifier("EVA01-CLIP-nano", 4, checkpoint="pretrained").tower.state_dict()
+    after = build_classifier("EVA01-CLIP-nano", 4, checkpoint="run/last_raw.safetensors").tower.state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_a_run_goes_on_from_the_weights_of_another(png_digits, tmp_path, monkeypatch):
+    """Its raw weights and its head, as `model.weights` of a second run."""
+    monkeypatch.chdir(tmp_path)
+    argv = [str(RECIPE), "data.format=folder", f"data.train={png_digits.train}", f"data.test={png_digits.test}"]
+    argv += ["trainer.global_batch=16", "trainer.micro_batch=16", "schedule.epochs=1", "schedule.warmup_epochs=0"]
+    assert main([*argv, "head.start=fresh", "optimizer.lr=1e-3", "run.dir=one"]) == 0
+    more = ["head.start=checkpoint", "model.weights=one/last_raw.safetensors", "optimizer.lr=0.0", "run.dir=two"]
+    assert main([*argv, *more]) == 0
+    raw = [
+        next(row for row in json.loads(Path(name, "result.json").read_text())["scores"] if row["name"] == "last_raw")
+        for name in ("one", "two")
+    ]
+    assert raw[1]["top1"] == raw[0]["top1"]
+    assert raw[1]["loss"] == pytest.approx(raw[0]["loss"], rel=1e-5)

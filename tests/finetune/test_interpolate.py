@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 
 import finetune.__main__
 from finetune.finished_run import FinishedRun
@@ -89,7 +88,7 @@ def test_soups_average_the_ends(runs, monkeypatch):
     assert set(rows) == {"one", "two", "uniform soup", "greedy soup"}
     run = FinishedRun(Path("one"))
     model = run.build()
-    ends = [load_file(Path(name) / "last_raw.safetensors") for name in ("one", "two")]
+    ends = [FinishedRun(Path(name)).end_state("raw") for name in ("one", "two")]
     model.load_state_dict({name: (tensor + ends[1][name]) / 2 for name, tensor in ends[0].items()})
     assert run.score(model, run.splits.test)["acc1"] == pytest.approx(float(rows["uniform soup"]["test"]))
     best_single = max(float(rows[name]["holdout"]) for name in ("one", "two"))
