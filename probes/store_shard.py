@@ -166,18 +166,21 @@ def read_features(shard: Shard, target: memoryview, *, check: bool) -> None:
         DamagedShard: the checksum differs, or the file became shorter.
     """
     with shard.path.open("rb", buffering=0) as stream:
-        stream.seek(shard.data_start)
-        digest = _start_digest(_layout(shard.rows, shard.width, shard.dtype), shard.start, shard.stop)
-        digest.update(stream.read(shard.rows * 8))
+        stream.seek(shard.data_start + (0 if check else shard.rows * 8))
+        digest = (
+            _start_digest(_layout(shard.rows, shard.width, shard.dtype), shard.start, shard.stop) if check else None
+        )
+        if digest is not None:
+            digest.update(stream.read(shard.rows * 8))
         done = 0
         while done < len(target):  # in blocks, so that they are hashed while they are in the processor's cache
             count = stream.readinto(target[done : done + _BLOCK])
             if not count:
                 raise DamagedShard(shard.path, f"it ends after {done:,} of {len(target):,} bytes of features")
-            if check:
+            if digest is not None:
                 digest.update(target[done : done + count])
             done += count
-    if check and digest.hexdigest() != shard.sha256:
+    if digest is not None and digest.hexdigest() != shard.sha256:
         raise DamagedShard(shard.path, _CHANGED)
 
 
