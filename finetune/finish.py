@@ -21,51 +21,43 @@ if TYPE_CHECKING:
     from probes.runs import RunFolder
 
 
-def collect_scores(module: FinetuneModule, samples: int, split: str) -> list[Score]:
-    """Scores on `split`, the reported one first: the selected weights', or without a selection split the last ones'.
+Row = dict[str, float]
+"""One epoch of the history."""
 
-    Of the last epoch the averaged weights are reported where there are any. The best epochs on the scored split are
-    given too, as oracles.
+
+def scored_epochs(module: FinetuneModule, split: str, metric: str) -> list[tuple[str, str, Row, str]]:
+    """Name, what chose, row of the history, and prefix of its columns of every score on `split`, the reported one first.
+
+    That is the selected weights', or without a selection split the last ones'; of the last epoch the averaged weights
+    are reported where there are any. The best epochs on the scored split by `metric` are given too, as oracles.
     """
-    history = module.history
-    prefixes = ["ema_", ""] if module.ema is not None else [""]
-
-    def score(name: str, chosen_by: str, row: dict[str, float], prefix: str) -> Score:
-        top1, top5, loss = (row[f"{prefix}{split}_{key}"] for key in ("acc1", "acc5", "loss"))
-        return Score(name, split, chosen_by, int(row["epoch"]), top1, top5, loss, samples)
-
-    scores = []
+    history, found = module.history, []
     if module.selected is not None:
         row = next(row for row in history if row["epoch"] == module.selected["epoch"])
         prefix = "ema_" if module.selected["weights"] == "ema" else ""
-        scores.append(score("selected", str(module.selection_name), row, prefix))
-    for prefix in prefixes:
+        found.append(("selected", str(module.selection_name), row, prefix))
+    for prefix in ["ema_", ""] if module.ema is not None else [""]:
         kind = prefix.removesuffix("_") or "raw"
-        best = max(history, key=lambda row, prefix=prefix: row[f"{prefix}{split}_acc1"])  # type: ignore[misc]
-        scores.append(score(f"last_{kind}", "schedule", history[-1], prefix))
-        scores.append(score(f"best_{kind}", split, best, prefix))
+        best = max(history, key=lambda row, prefix=prefix: row[f"{prefix}{split}_{metric}"])  # type: ignore[misc]
+        found += [(f"last_{kind}", "schedule", history[-1], prefix), (f"best_{kind}", split, best, prefix)]
+    return found
+
+
+def collect_scores(module: FinetuneModule, samples: int, split: str) -> list[Score]:
+    """Accuracy on `split` of `scored_epochs`."""
+    scores = []
+    for name, chosen_by, row, prefix in scored_epochs(module, split, "acc1"):
+        top1, top5, loss = (row[f"{prefix}{split}_{key}"] for key in ("acc1", "acc5", "loss"))
+        scores.append(Score(name, split, chosen_by, int(row["epoch"]), top1, top5, loss, samples))
     return scores
 
 
 def collect_precisions(module: FinetuneModule, samples: int, split: str) -> list[PrecisionScore]:
-    """Mean average precision on `split`, the reported one first, in the order of `collect_scores`."""
-    history = module.history
-    prefixes = ["ema_", ""] if module.ema is not None else [""]
-
-    def score(name: str, chosen_by: str, row: dict[str, float], prefix: str) -> PrecisionScore:
-        precision, loss = (row[f"{prefix}{split}_{key}"] for key in ("mean_ap", "loss"))
-        return PrecisionScore(name, split, chosen_by, int(row["epoch"]), precision, loss, samples)
-
+    """Mean average precision on `split` of `scored_epochs`."""
     scores = []
-    if module.selected is not None:
-        row = next(row for row in history if row["epoch"] == module.selected["epoch"])
-        prefix = "ema_" if module.selected["weights"] == "ema" else ""
-        scores.append(score("selected", str(module.selection_name), row, prefix))
-    for prefix in prefixes:
-        kind = prefix.removesuffix("_") or "raw"
-        best = max(history, key=lambda row, prefix=prefix: row[f"{prefix}{split}_mean_ap"])  # type: ignore[misc]
-        scores.append(score(f"last_{kind}", "schedule", history[-1], prefix))
-        scores.append(score(f"best_{kind}", split, best, prefix))
+    for name, chosen_by, row, prefix in scored_epochs(module, split, "mean_ap"):
+        precision, loss = (row[f"{prefix}{split}_{key}"] for key in ("mean_ap", "loss"))
+        scores.append(PrecisionScore(name, split, chosen_by, int(row["epoch"]), precision, loss, samples))
     return scores
 
 

@@ -133,7 +133,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
         scores=[first.score],
         repeats=rows if len(rows) > 1 else [],
         expectations=compare_expected(recipe.expected, [first.score]),
-        notes=[*splits.notes, *describe_repetitions(recipe, repetitions), *_skipped(tables)],
+        notes=[*splits.notes, *describe_repetitions(recipe, repetitions), *describe_skipped(tables)],
         facts={
             "encoder": recipe.model.name,
             "weights": facts.loaded,
@@ -272,7 +272,8 @@ def plan_method(recipe: MethodRecipe, method: Method, values: Sequence[float]) -
     }
 
 
-def _skipped(tables: dict[str, FeatureTable]) -> list[str]:
+def describe_skipped(tables: Mapping[str, FeatureTable]) -> list[str]:
+    """A note for every split of which images could not be read."""
     return [
         f"{len(table.skipped)} unreadable image(s) of {name} were left out, the first {min(table.skipped)}."
         for name, table in tables.items()

@@ -46,7 +46,7 @@ def execute_multi_label(
     """
     start = time.monotonic()
     from probes.extraction import load_tables
-    from probes.feature_run import LinearScorer
+    from probes.feature_run import LinearScorer, describe_skipped
     from probes.finish import save_head
     from probes.multi_label import PrecisionScore, average_precisions
     from probes.multi_label_finish import finish_multi_label
@@ -80,7 +80,7 @@ def execute_multi_label(
         classes=splits.classes,
         split_sizes={name: len(split) for name, split in splits.named.items()},
         scores=[],
-        notes=splits.notes,
+        notes=[*splits.notes, *describe_skipped(tables)],
         facts={
             "encoder": recipe.model.name,
             "weights": encoder.loaded,
