@@ -13,7 +13,7 @@ from probes.bank_plan import bank_features, bank_kinds
 from probes.bank_results import bank_csv, chosen_head, score_bank, summarise_bank
 from probes.bank_start import Tables, build_fit, load_bank_tables
 from probes.baselines import compute_baselines
-from probes.draws import with_first_seed, with_seed
+from probes.draws import describe_draws, draw_seeds, with_first_seed, with_seed
 from probes.encoder import recipe_spec
 from probes.finish import finish_run, reported_split, save_head
 from probes.fit import Fitted, build_data, check_machine
@@ -22,7 +22,7 @@ from probes.plan import check_recipe
 from probes.runs import RunFolder
 from probes.schedule import epoch_means
 from probes.sections import Recipe, RecipeError
-from probes.splits import describe, prepare_splits
+from probes.splits import prepare_splits
 
 if TYPE_CHECKING:
     from probes.bank_fit import BankFit
@@ -48,13 +48,13 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
             "a bank needs images to choose a head by and there are none; set data.holdout=0.15 (of train), or give "
             "data.val"
         )
-    reported = reported_split(splits)
+    reported = reported_split(splits, "the head and the epoch", recipe.run.seeds)
     check_recipe(recipe, len(splits.train))
     check_machine(recipe)
     for kind in bank_kinds(recipe):
         bank_features(recipe, kind).feature_dim(recipe_spec(recipe))  # refuses more blocks than there are
     run = RunFolder.create(asked, recipe_path)
-    run.write_json("data.json", describe(splits))
+    run.write_json("data.json", describe_draws(splits, draw_seeds(recipe, splits)))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     tables = load_bank_tables(recipe, splits)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from probes.draws import with_seed, with_shots
+from probes.draws import Repetition, describe_draws, draw_repetition, with_first_seed
 from probes.multi_label_run import check_repetitions, execute_multi_label
 from probes.results import Predictions, RunResult, Score, candidates_csv, compare_expected
 
@@ -85,6 +85,7 @@ class Outcome:
 
     score: Score
     predictions: Predictions
+    repetition: Repetition
     scorer: Scorer
     candidates: list[dict[str, float]]
     """Settings with their scores on the selection split."""
@@ -100,16 +101,18 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     from probes.finish import finish_run, reported_split, save_head
     from probes.plan import check_model
     from probes.runs import RunFolder
-    from probes.splits import describe, prepare_splits
+    from probes.splits import prepare_splits
 
+    asked, recipe = recipe, with_first_seed(recipe)
     check_model(recipe.model)
     splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
     if splits.train.multi_hot is not None:
         check_repetitions(recipe)
-    reported = reported_split(splits)
+    reported = reported_split(splits, "" if recipe.few_shot.shots else method.setting, recipe.run.seeds)
     check_choice(recipe, splits, method)
-    run = RunFolder.create(recipe, recipe_path)
-    run.write_json("data.json", describe(splits))
+    repetitions = [draw_repetition(splits, recipe.data.holdout, *item) for item in list_repetitions(recipe)]
+    run = RunFolder.create(asked, recipe_path)
+    run.write_json("data.json", describe_draws(splits, repetitions))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     if splits.train.multi_hot is not None:
@@ -118,8 +121,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     from probes.extraction import load_tables
 
     tables = load_tables(recipe, splits)
-    repetitions = list_repetitions(recipe)
-    first, rows = repeat(recipe, method, splits, tables, reported)
+    first, rows = repeat(method, repetitions, tables)
     facts = tables["train"].encoder
     run.write_text("candidates.csv", candidates_csv(first.candidates))
     if isinstance(first.scorer, LinearScorer):
@@ -129,11 +131,11 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
         title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
         method=f"probes.{method.name}",
         classes=splits.classes,
-        split_sizes={name: len(split) for name, split in splits.named.items()},
+        split_sizes=first.repetition.sizes,
         scores=[first.score],
         repeats=rows if len(rows) > 1 else [],
         expectations=compare_expected(recipe.expected, [first.score]),
-        notes=[*splits.notes, *describe_repetitions(recipe, repetitions), *describe_skipped(tables)],
+        notes=[*splits.notes, *describe_repetitions(repetitions), *describe_skipped(tables)],
         facts={
             "encoder": recipe.model.name,
             "weights": facts.loaded,
@@ -144,25 +146,24 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
             "duration": f"{time.monotonic() - start:.0f} s",
         },
     )
-    finish_run(run, recipe, result, first.predictions, reported)
+    finish_run(run, recipe, result, first.predictions, first.repetition.reported)
 
 
 def repeat(
-    recipe: MethodRecipe, method: Method, splits: Splits, tables: Mapping[str, FeatureTable], reported: Split
+    method: Method, repetitions: Sequence[Repetition], tables: Mapping[str, FeatureTable]
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """The first repetition's outcome, and a row of each."""
-    repetitions = list_repetitions(recipe)
     first: Outcome | None = None
     rows: list[dict[str, Any]] = []
-    for shots, seed in repetitions:
-        drawn = with_shots(splits, shots, seed) if shots else with_seed(splits, recipe.data.holdout, seed)
-        outcome = fit_once(method, drawn, tables, reported)
+    for item in repetitions:
+        outcome = fit_once(method, item, tables)
         first = first or outcome
-        rows.append({**({"shots": shots} if shots else {}), "seed": seed, "top1": outcome.score.top1})
+        top1 = outcome.score.top1
+        rows.append({**({"shots": item.shots} if item.shots else {}), "seed": item.seed, "top1": top1})
         rows[-1] |= {method.setting: float(outcome.score.setting.rpartition(" ")[2])}
         if len(repetitions) > 1:
-            of = f"{shots} shots, " if shots else ""
-            print(f"{of}seed {seed}: top-1 {outcome.score.top1:.2f}, {outcome.score.setting}", flush=True)
+            of = f"{item.shots} shots, " if item.shots else ""
+            print(f"{of}seed {item.seed}: top-1 {top1:.2f}, {outcome.score.setting}", flush=True)
     assert first is not None
     return first, rows
 
@@ -183,13 +184,13 @@ def list_repetitions(recipe: MethodRecipe) -> list[tuple[int, int]]:
     return [(number, seed) for number in shots for seed in seeds]
 
 
-def describe_repetitions(recipe: MethodRecipe, repetitions: Sequence[tuple[int, int]]) -> list[str]:
+def describe_repetitions(repetitions: Sequence[Repetition]) -> list[str]:
     """What a reader must know of the reported repetition."""
-    if len(repetitions) == 1 and not repetitions[0][0]:
+    first = repetitions[0]
+    if len(repetitions) == 1 and not first.shots:
         return []
-    shots, seed = repetitions[0]
-    of = f"{shots} image(s) a class and " if shots else ""
-    return [f"The reported score and the pictures are of the repetition with {of}seed {seed}."]
+    of = f"{first.shots} image(s) a class and " if first.shots else ""
+    return [f"The reported score and the pictures are of the repetition with {of}seed {first.seed}."]
 
 
 @dataclass(frozen=True)
@@ -212,33 +213,39 @@ def choose_and_fit(method: Method, drawn: Splits, tables: Mapping[str, FeatureTa
         tables: features of at least these splits' sources, by split name.
         refit: whether a hold-out joins train for the last fit.
     """
-    whole, classes = tables["train"].whole, len(drawn.classes)
-    train = _samples(whole.take(drawn.train), classes)
+    classes = len(drawn.classes)
+    train = _samples(table_of(tables, drawn.train), classes)
     candidates: list[dict[str, float]] = []
     value, chosen_by = method.fixed, "schedule"
     selection = drawn.selection
     if selection is not None:
-        held = _samples((whole if selection.name == "holdout" else tables[selection.name]).take(selection), classes)
+        held = _samples(table_of(tables, selection), classes)
         for tried, scorer in method.path(train):
             candidates.append({method.setting: tried, **_measure(scorer(held.features), held.targets)})
         best = max(candidates, key=lambda row: row["acc1"])  # of equals the first: the simplest model
         value, chosen_by = best[method.setting], selection.name
-        if refit and selection.name == "holdout":
+        if refit:
             train = train.joined(held)
     return Choice(method.fit(train, value), value, chosen_by, candidates)
 
 
-def fit_once(method: Method, drawn: Splits, tables: Mapping[str, FeatureTable], reported: Split) -> Outcome:
+def fit_once(method: Method, repetition: Repetition, tables: Mapping[str, FeatureTable]) -> Outcome:
     """Choose on the selection split, fit again, and score the reported split once."""
     from probes.zeroshot import score_logits
 
-    choice = choose_and_fit(method, drawn, tables, refit=method.refit and drawn.selection is not reported)
-    table = tables[reported.name]
+    reported = repetition.reported
+    choice = choose_and_fit(method, repetition.drawn, tables, refit=method.refit and repetition.may_refit)
+    table = table_of(tables, reported)
     predictions, score = score_logits(choice.scorer(table.features.float()), table.index, reported)
     name = "selected" if choice.candidates else "last"
     setting = f"{method.setting} = {choice.value:.6g}"
     chosen = dataclasses.replace(score, name=name, chosen_by=choice.chosen_by, setting=setting)
-    return Outcome(chosen, predictions, choice.scorer, choice.candidates)
+    return Outcome(chosen, predictions, repetition, choice.scorer, choice.candidates)
+
+
+def table_of(tables: Mapping[str, FeatureTable], split: Split) -> FeatureTable:
+    """The features of any draw from the images that `tables` are of."""
+    return tables.get(split.name, tables["train"]).whole.take(split)  # a hold-out's source is train's
 
 
 def _samples(table: FeatureTable, num_classes: int) -> Samples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probes.confusion import mean_recall
@@ -24,8 +24,13 @@ if TYPE_CHECKING:
     from probes.store_table import EncoderFacts
 
 
-def reported_split(splits: Splits) -> Split:
+def reported_split(splits: Splits, chose: str = "the epoch", seeds: Sequence[int] = ()) -> Split:
     """The split that a run's figure stands on: test, or what selects when there is no test (and then a note says so).
+
+    Args:
+        splits: the data; notes are added to it.
+        chose: what the selection split chooses; "" where other images do.
+        seeds: of the repetitions, each of which has a hold-out of its own.
 
     Raises:
         RecipeError: there is neither.
@@ -36,10 +41,11 @@ def reported_split(splits: Splits) -> Split:
         raise RecipeError(
             "there is nothing to score on; give data.test, or data.val, or data.holdout=0.2 (a fifth of train)"
         )
-    splits.notes.append(
-        f"There is no test split: the reported score is on {splits.selection.name}, which also chose the epoch, and is "
-        "optimistic by as much."
-    )
+    name = splits.selection.name
+    also = f"which also chose {chose}, and is optimistic by as much" if chose else "which had no part in the choice"
+    splits.notes.append(f"There is no test split: the reported score is on {name}, {also}. Nothing is fitted on it.")
+    if len(seeds) > 1 and name == "holdout":
+        splits.notes.append("Each seed is scored on its own hold-out, and fitted on the rest of train.")
     return splits.selection
 
 

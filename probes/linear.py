@@ -40,14 +40,14 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
         execute_bank(recipe, recipe_path)
         return
     start = time.monotonic()
-    from probes.draws import with_first_seed
+    from probes.draws import describe_draws, draw_seeds, with_first_seed
     from probes.finish import finish_run, reported_split, save_head
     from probes.multi_label_finish import finish_multi_label
     from probes.multi_label_probe import check_multi_label_probe, collect_precisions
     from probes.plan import check_recipe
     from probes.reference_curve import read_reference
     from probes.runs import RunFolder
-    from probes.splits import describe, prepare_splits
+    from probes.splits import prepare_splits
 
     asked, recipe = recipe, with_first_seed(recipe)
     check_recipe(recipe)
@@ -55,13 +55,13 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     several = splits.train.multi_hot is not None
     if several:
         check_multi_label_probe(recipe)
-    reported = reported_split(splits)
+    reported = reported_split(splits, seeds=recipe.run.seeds)
     check_recipe(recipe, len(splits.train))
     from probes.fit import check_machine, fit_probe
 
     check_machine(recipe)
     run = RunFolder.create(asked, recipe_path)
-    run.write_json("data.json", describe(splits))
+    run.write_json("data.json", describe_draws(splits, draw_seeds(recipe, splits)))
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probes.draws import Repetition
 from probes.sections import RecipeError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def execute_multi_label(
             candidates.append({method.setting: tried, "mean_average_precision": float(np.nanmean(precisions))})
         value = max(candidates, key=lambda row: row["mean_average_precision"])[method.setting]
         chosen_by = selection.name
-        if method.refit and selection.name == "holdout" and selection is not reported:
+        if method.refit and Repetition(0, recipe.run.seed, splits, reported).may_refit:
             train = train.joined(held)
     run.write_text("candidates.csv", candidates_csv(candidates))
     scorer, scored, encoder = method.fit(train, value), samples_of(tables, reported), tables["train"].encoder

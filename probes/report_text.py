@@ -103,6 +103,8 @@ def describe_selection(result: RunResult, *, has_epochs: bool) -> str:
 
 def describe_score(score: Score) -> str:
     """What one score means, in one line."""
+    if is_oracle(score) and score.name != "best":
+        return "Chosen on the very images it is scored on, so that it flatters; give a test split for an honest one."
     if is_oracle(score):
         over = "heads" if score.setting else "epochs"
         return (

@@ -73,6 +73,13 @@ def test_a_probe_fitted_first(data, still, capsys):
     assert "the head starts from a probe fitted first (C = " in capsys.readouterr().out
 
 
+def test_a_probe_fitted_first_has_not_seen_the_holdout_that_is_reported(data, still):
+    without_test = ["data.test=null", "data.holdout=0.25"]
+    assert probes.logistic.main(["probe.yaml", *data, *without_test, "run.dir=probe"]) == 0
+    found = still("head.start=linear_probe", *without_test)
+    assert found == pytest.approx(read_scores("probe"))
+
+
 def test_the_texts_of_the_classes(data, still):
     assert probes.zeroshot.main(["probe.yaml", *data, "run.dir=zeroshot"]) == 0
     assert still("head.start=zero_shot") == pytest.approx(read_scores("zeroshot"))
