@@ -26,7 +26,7 @@ Row = dict[str, float]
 
 
 def scored_epochs(module: FinetuneModule, split: str, metric: str) -> list[tuple[str, str, Row, str]]:
-    """Name, what chose, row of the history, and prefix of its columns of every score on `split`, the reported one first.
+    """Name, what chose, row of the history and prefix of its columns, of every score on `split`; the reported one first.
 
     That is the selected weights', or without a selection split the last ones'; of the last epoch the averaged weights
     are reported where there are any. The best epochs on the scored split by `metric` are given too, as oracles.

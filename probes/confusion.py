@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probes.intervals import wilson_interval
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -64,18 +66,6 @@ class Matrix:
     rows: list[tuple[str, list[Cell]]]
     complete: bool
     """False when only the most confused classes are drawn; the last column then gathers all others."""
-
-
-def wilson_interval(correct: float, total: int) -> tuple[float, float]:
-    """95 % Wilson score interval of `correct` out of `total`, in percent; NaN when `total` is 0."""
-    if total == 0:
-        return math.nan, math.nan
-    z = 1.959964
-    share = correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 100 / (1 + z * z / total)
-    return max(0.0, (centre - spread) * scale), min(100.0, (centre + spread) * scale)
 
 
 def mean_recall(predictions: Predictions) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probes.confusion import mean_recall
-from probes.intervals import bootstrap_interval, summarise_repeats
+from probes.intervals import summarise_repeats, wilson_interval
 from probes.recipe import dump_recipe
 from probes.results import Predictions, RunResult
 from probes.scoring import predictions_csv
@@ -113,10 +113,10 @@ def finish_run(
     def read_image(position: int) -> Image.Image:
         return _open_image(split, by_key[predictions.keys[position]])
 
-    right = predictions.predicted == predictions.targets
-    low, high = bootstrap_interval(right)
+    right = int((predictions.predicted == predictions.targets).sum())
+    interval = wilson_interval(right, len(predictions.targets))
     measured = {"mean_recall": mean_recall(predictions), **result.measured}
-    result = dataclasses.replace(result, interval=(100 * low, 100 * high), measured=measured)
+    result = dataclasses.replace(result, interval=interval, measured=measured)
     by_key = {key: position for position, key in enumerate(split.keys)}
     run.write_text("predictions.csv", predictions_csv(predictions, result.classes))
     environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
@@ -153,9 +153,7 @@ def print_result(result: RunResult) -> None:
     if result.interval:
         recall = result.measured.get("mean_recall")
         balanced = "" if recall is None else f"; mean per-class recall {recall:.2f}"
-        print(
-            f" interval  {result.interval[0]:.2f} to {result.interval[1]:.2f} (95 %, bootstrap over images){balanced}"
-        )
+        print(f" interval  {result.interval[0]:.2f} to {result.interval[1]:.2f} (95 %, Wilson){balanced}")
     for line in summarise_repeats(result.repeats):
         print(f"  repeats  {line}")
     for baseline in result.baselines:

@@ -1,9 +1,14 @@
-"""Intervals of what was measured: bootstrap over the scored samples, Student's t over repetitions. No torch."""
+"""Intervals of what was measured. No torch.
+
+A proportion of the scored samples has Wilson's interval, what is no proportion (mean average precision) a bootstrap
+over the samples, and a mean over repetitions Student's t.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,28 +17,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def bootstrap_interval(values: NDArray[np.floating] | NDArray[np.bool_], level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` [N], from 10,000 resamples with a fixed seed.
+def wilson_interval(correct: float, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion, `correct` out of `total`, in percent; NaN when `total` is 0.
 
-    Of right and wrong answers the resampled mean is binomial, so that its quantiles are exact and nothing is drawn.
-
-    Raises:
-        ValueError: no values.
+    Unlike resampling it has a width at the ends: of 20 right out of 20 it is 83.9 to 100. With `level` 0.95 its true
+    coverage is near that whatever the proportion (Brown, Cai and DasGupta, 2001).
     """
-    if not len(values):
-        raise ValueError("there are no values to take an interval of")
-    from scipy import stats
-
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    if values.dtype == np.bool_:
-        low, high = stats.binom.ppf(tails, len(values), values.mean()) / len(values)
-        return float(low), float(high)
-    if len(values) == 1:
-        return float(values[0]), float(values[0])
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=10_000, confidence_level=level, method="percentile", rng=0, batch=100
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    if total == 0:
+        return math.nan, math.nan
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 100 / (1 + z * z / total)
+    low, high = (centre - spread) * scale, (centre + spread) * scale
+    return 0.0 if correct == 0 else max(0.0, low), 100.0 if correct == total else min(100.0, high)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

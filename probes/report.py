@@ -16,10 +16,9 @@ from probes.confusion import (
     confused_pairs,
     confusion_counts,
     drawn_matrix,
-    wilson_interval,
 )
 from probes.figures import LogRows, draw_curves, draw_thumbnail
-from probes.intervals import summarise_repeats
+from probes.intervals import summarise_repeats, wilson_interval
 from probes.report_text import (
     describe_run,
     describe_score,
@@ -89,7 +88,7 @@ def write_report(
         "result": result,
         "samples": samples,
         "correct": correct,
-        "interval": result.interval or wilson_interval(correct, samples),
+        "interval": wilson_interval(correct, samples),
         "sentence": describe_run(result),
         "repeats": summarise_repeats(result.repeats),
         "selection": describe_selection(result, has_epochs=bool(log)),

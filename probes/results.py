@@ -104,7 +104,7 @@ class RunResult:
     measured: dict[str, float] = field(default_factory=dict)
     """Further metrics by name, in percent."""
     interval: tuple[float, float] | None = None
-    """95 % bootstrap interval of the reported top-1 over the scored samples, in percent."""
+    """95 % Wilson interval of the reported top-1, a proportion of the scored samples, in percent."""
     repeats: list[dict[str, Any]] = field(default_factory=list)
     """One row a further repetition: `seed`, `top1` in percent, and what the method adds (`shots`, what was chosen)."""
     baselines: list[Baseline] = field(default_factory=list)

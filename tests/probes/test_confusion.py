@@ -1,4 +1,4 @@
-"""Confusion counts, pairs, per-class accuracy and intervals on cases worked out by hand or published."""
+"""Confusion counts, pairs and per-class accuracy on cases worked out by hand or published."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from probes.confusion import (
     confused_pairs,
     confusion_counts,
     drawn_matrix,
-    wilson_interval,
 )
 from probes.results import Predictions
 
@@ -26,18 +25,6 @@ def make_predictions(targets: list[int], predicted: list[int]) -> Predictions:
         confidence=certain,
         target_probability=certain,
     )
-
-
-def test_wilson_interval_matches_published_values() -> None:
-    # Newcombe (1998), Statistics in Medicine 17, table I, method 3 (score without continuity correction).
-    for correct, total, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):
-        assert wilson_interval(correct, total) == pytest.approx((100 * low, 100 * high), abs=0.006)
-    assert all(math.isnan(value) for value in wilson_interval(0, 0))
 
 
 def test_confusion_tables() -> None:

@@ -21,7 +21,7 @@ import probes.ridge
 from probes.confusion import mean_recall
 from probes.draws import choose_shots, whole_train, with_seed, with_shots
 from probes.feature_run import LinearScorer, Samples
-from probes.intervals import bootstrap_interval, mean_interval
+from probes.intervals import mean_interval, wilson_interval
 from probes.knn import Neighbours
 from probes.method_sections import KnnSection, RidgeSection
 from probes.results import Predictions
@@ -69,16 +69,27 @@ def test_ridge_is_scikit_learns(digits, rows, penalty):
     torch.testing.assert_close(Ridge(RidgeSection()).fit(part, penalty)(queries), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_bootstrap_of_right_and_wrong_is_scipys():
-    right = np.random.default_rng(0).random(376) < 0.68
-    drawn = stats.bootstrap((right.astype(float),), np.mean, method="percentile", rng=1, n_resamples=20_000)
-    assert bootstrap_interval(right) == pytest.approx(drawn.confidence_interval, abs=1.5 / 376)
-    values = np.random.default_rng(0).random(50)
-    low, high = bootstrap_interval(values)
-    error = values.std() / 50**0.5
-    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.1 * error)
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_interval(np.zeros(0, dtype=bool))
+@pytest.mark.parametrize("level", [0.9, 0.95])
+@pytest.mark.parametrize(("right", "total"), [(0, 1), (1, 1), (0, 20), (20, 20), (19, 20), (254, 376), (0, 50_000)])
+def test_the_interval_of_a_proportion_is_scipys(right, total, level):
+    found = stats.binomtest(right, total).proportion_ci(level, method="wilson")
+    low, high = wilson_interval(right, total, level)
+    assert (low, high) == pytest.approx((100 * found.low, 100 * found.high), abs=1e-9)
+    assert low < high
+    assert (low == 0) == (right == 0)
+    assert (high == 100) == (right == total)
+
+
+def test_the_interval_of_a_proportion_is_the_published_one():
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3 (score without continuity correction).
+    for correct, total, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson_interval(correct, total) == pytest.approx((100 * low, 100 * high), abs=0.006)
+    assert np.isnan(wilson_interval(0, 0)).all()
 
 
 def test_interval_over_seeds_is_students():
@@ -173,6 +184,21 @@ def test_a_run_chooses_on_the_holdout_and_is_reported(method, capsys):
 
         state = load_file("run/head.safetensors")
         assert LinearScorer(state["0.weight"], state["0.bias"])(torch.zeros(1, 32)).shape == (1, 4)
+
+
+def test_all_right_of_few_leaves_an_interval(png_digits, tiny_model, tmp_path, monkeypatch, capsys):
+    """The nearest of an image among themselves is the image."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("data: {workers: 0}\nknn: {fixed: 1}\ncompute: {precision: fp32}\n")
+    data = [f"data.train={png_digits.train}", f"data.test={png_digits.train}", "run.dir=run"]
+    assert probes.knn.main(["recipe.yaml", *tiny_model.overrides, *data]) == 0
+    result = read_result()
+    assert result["scores"][0]["top1"] == 100
+    expected = stats.binomtest(48, 48).proportion_ci(method="wilson")
+    assert result["interval"] == pytest.approx([100 * expected.low, 100])
+    assert "interval  92.59 to 100.00 (95 %, Wilson)" in capsys.readouterr().out
+    report = Path("run/report.html").read_text(encoding="utf-8")
+    assert "48 of 48 right; the 95 % interval for images of this kind (Wilson) is 92.6 % to 100.0 %." in report
 
 
 def test_seeds_and_shots_are_repetitions_of_one_extraction(method, capsys):
