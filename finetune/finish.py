@@ -12,6 +12,7 @@ from finetune.build import build_untrained
 from finetune.fit import Fitted, load_selected, weights_of
 from finetune.sections import ExpectedSection
 from finetune.sharding import is_sharded
+from probes.finite import best_row
 from probes.multi_label import PrecisionScore
 from probes.results import Expectation, Score
 
@@ -26,7 +27,7 @@ Row = dict[str, float]
 
 
 def scored_epochs(module: FinetuneModule, split: str, metric: str) -> list[tuple[str, str, Row, str]]:
-    """Name, what chose, row of the history and prefix of its columns, of every score on `split`; the reported one first.
+    """Name, what chose, row of the history and prefix of its columns, of every score on `split`; the reported first.
 
     That is the selected weights', or without a selection split the last ones'; of the last epoch the averaged weights
     are reported where there are any. The best epochs on the scored split by `metric` are given too, as oracles.
@@ -38,7 +39,7 @@ def scored_epochs(module: FinetuneModule, split: str, metric: str) -> list[tuple
         found.append(("selected", str(module.selection_name), row, prefix))
     for prefix in ["ema_", ""] if module.ema is not None else [""]:
         kind = prefix.removesuffix("_") or "raw"
-        best = max(history, key=lambda row, prefix=prefix: row[f"{prefix}{split}_{metric}"])  # type: ignore[misc]
+        best = best_row(history, f"{prefix}{split}_{metric}")
         found += [(f"last_{kind}", "schedule", history[-1], prefix), (f"best_{kind}", split, best, prefix)]
     return found
 

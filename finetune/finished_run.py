@@ -60,11 +60,16 @@ class FinishedRun:
         return {name if name.startswith("head.") else f"tower.{name}": t for name, t in load_file(file).items()}
 
     def score(self, model: Classifier, split: Split) -> dict[str, float]:
-        """`acc1`, `acc5` (percent) and `loss` of a model on a split of this run's, each image once."""
+        """`acc1`, `acc5` (percent) and `loss` of a model on a split of this run's, each image once.
+
+        Raises:
+            ValueError: logits are not finite.
+        """
         import torch
 
         from eva_clip.transforms import build_eval_transform
         from probes.data import SplitDataset, SplitLoader, collate
+        from probes.finite import check_scores
         from probes.metrics import SplitMeter
 
         spec, data = model.spec, self.recipe.data
@@ -76,5 +81,7 @@ class FinishedRun:
         with torch.no_grad():
             for batch in loader:
                 if len(batch["target"]):
-                    meter.update(model(batch["image"].to(device)), batch["target"].to(device))
+                    logits = model(batch["image"].to(device))
+                    check_scores(logits, batch["index"], split)
+                    meter.update(logits, batch["target"].to(device))
         return meter.compute_and_reset()

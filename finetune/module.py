@@ -140,7 +140,8 @@ class FinetuneModule(LightningModule):
         loss, logits = self._score_batch(batch["image"], target)
         if not torch.isfinite(loss):
             self._handle_non_finite(f"loss {loss.item()}")
-        self._meter("train").update(logits.detach(), target, loss.detach())
+        else:
+            self._meter("train").update(logits.detach(), target, loss.detach())
         return loss
 
     def _score_batch(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,6 +268,8 @@ class FinetuneModule(LightningModule):
             return
         for prefix in self._weight_sets():
             score = row[f"{prefix}{name}_{'mean_ap' if self.multi_label else 'acc1'}"]
+            if math.isnan(score):  # the epoch diverged
+                continue
             if self.selected is None or score > self.selected["score"]:
                 weights = prefix.removesuffix("_") or "raw"
                 self.selected = {"epoch": int(row["epoch"]), "score": score, "weights": weights}

@@ -46,7 +46,8 @@ def evaluate_bank(bank: HeadBank, split: FeatureSplit) -> list[dict[str, float]]
     Returns:
         A row a head: `loss`, the mean over samples; `acc1` in percent; and `balanced_acc1`, the mean over the classes
         present of the accuracy within each, in percent. For the loss "bce" instead of these two `exact_match`, the
-        samples with all classes right, and `label_acc`, the right answers among all samples and classes.
+        samples with all classes right, and `label_acc`, the right answers among all samples and classes. All are NaN of
+        a head that diverged, or whose loss is not finite.
     """
     device, count = bank.diverged.device, len(bank.heads)
     block = max(1, EVALUATION_LOGITS // (count * bank.num_classes))
@@ -66,14 +67,15 @@ def evaluate_bank(bank: HeadBank, split: FeatureSplit) -> list[dict[str, float]]
             terms = F.cross_entropy(logits, targets.expand(count, -1), reduction="none")
             right.index_add_(1, targets, (logits.argmax(1) == targets).double())
         losses += terms.double().sum(1)
-    losses[bank.diverged] = math.nan
+    losses[bank.diverged | ~losses.isfinite()] = math.nan
     if bank.loss == "bce":
         scores = {"exact_match": exact / len(split), "label_acc": right.mean(1) / len(split)}
     else:
         sizes = torch.bincount(split.targets, minlength=bank.num_classes).to(device)
         recalls = right[:, sizes > 0] / sizes[sizes > 0]
         scores = {"acc1": right.sum(1) / len(split), "balanced_acc1": recalls.mean(1)}
-    columns = {"loss": losses / len(split), **{name: 100 * values for name, values in scores.items()}}
+    scores = {name: (100 * values).masked_fill(losses.isnan(), math.nan) for name, values in scores.items()}
+    columns = {"loss": losses / len(split), **scores}
     return [{name: float(values[head]) for name, values in columns.items()} for head in range(count)]
 
 

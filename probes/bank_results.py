@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from probes.bank_fit import FeatureSplit, evaluate_bank
+from probes.finite import best_row
 from probes.results import Predictions, RunResult, Score, compare_expected
 from probes.zeroshot import score_logits
 
@@ -61,7 +62,7 @@ def score_bank(fit: BankFit, tables: Mapping[str, FeatureTable], reported: Split
     predictions, selected = score("selected", selection, fit.selected["head"], fit.selected["epoch"])
     features = {kind: table.features for kind, table in tables.items()}
     rows = evaluate_bank(fit.bank, FeatureSplit(features, next(iter(tables.values())).targets, reported.name))
-    highest = max(fit.alive, key=lambda head: rows[head]["acc1"])
+    highest = int(best_row([{**rows[head], "head": head} for head in fit.alive], "acc1")["head"])
     best = score("best", reported.name, highest, final)[1]
     if selected.top1 > best.top1:
         best = dataclasses.replace(selected, name="best", chosen_by=reported.name)

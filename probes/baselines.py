@@ -12,6 +12,7 @@ from PIL import Image
 from eva_clip.models import NoTextTowerError, build_model
 from eva_clip.transforms import to_rgb
 from probes.embedding import embed_images
+from probes.finite import check_scores
 from probes.fit import Fitted, fit_probe
 from probes.heads import build_zero_shot_weights
 from probes.prompts import readable
@@ -135,7 +136,9 @@ def _zero_shot(recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) 
     names = [readable(name) for name in splits.classes]
     weights = build_zero_shot_weights(model, names, [recipe.baselines.prompt])
     images, index = embed_images(model, fitted.data.loader(reported.name, 64), reported.name)
-    right = (images @ weights.T).argmax(dim=1) == torch.from_numpy(reported.targets)[index]
+    scores = images @ weights.T
+    check_scores(scores, index, reported)
+    right = scores.argmax(dim=1) == torch.from_numpy(reported.targets)[index]
     return Baseline(
         "zero-shot",
         100 * float(right.float().mean()),

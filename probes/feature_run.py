@@ -213,15 +213,20 @@ def choose_and_fit(method: Method, drawn: Splits, tables: Mapping[str, FeatureTa
         tables: features of at least these splits' sources, by split name.
         refit: whether a hold-out joins train for the last fit.
     """
+    from probes.finite import check_scores
+
     classes = len(drawn.classes)
     train = _samples(table_of(tables, drawn.train), classes)
     candidates: list[dict[str, float]] = []
     value, chosen_by = method.fixed, "schedule"
     selection = drawn.selection
     if selection is not None:
-        held = _samples(table_of(tables, selection), classes)
+        table = table_of(tables, selection)
+        held = _samples(table, classes)
         for tried, scorer in method.path(train):
-            candidates.append({method.setting: tried, **_measure(scorer(held.features), held.targets)})
+            logits = scorer(held.features)
+            check_scores(logits, table.index, selection)
+            candidates.append({method.setting: tried, **_measure(logits, held.targets)})
         best = max(candidates, key=lambda row: row["acc1"])  # of equals the first: the simplest model
         value, chosen_by = best[method.setting], selection.name
         if refit:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.distributed import all_reduce, get_rank, is_initialized
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -15,13 +17,37 @@ def build_metrics(num_classes: int) -> MetricCollection:
     )
 
 
+class MeanLoss(Metric):
+    """Mean over samples. torchmetrics' MeanMetric leaves NaN out, and with its checks off the weights as well."""
+
+    mean_value: torch.Tensor
+    weight: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("mean_value", "weight"):  # sums, by the names that checkpoints have
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, value: torch.Tensor, samples: int) -> None:
+        """Add the mean of some samples."""
+        self.mean_value += value * samples
+        self.weight += samples
+
+    def compute(self) -> torch.Tensor:
+        """The mean so far."""
+        return self.mean_value / self.weight
+
+
 class SplitMeter(torch.nn.Module):
-    """Loss and accuracy of one split: every sample counts once, also over several processes."""
+    """Loss and accuracy of one split: every sample counts once, also over several processes.
+
+    Where a sample's logits are not finite neither is the loss, and then there is no accuracy either: all are NaN.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.accuracy = build_metrics(num_classes)
-        self.loss = MeanMetric()
+        self.loss = MeanLoss()
 
     def update(self, logits: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor | None = None) -> None:
         """Add logits [B, C] and class indices [B]; `loss` is the batch's mean where it is not plain cross-entropy."""
@@ -51,10 +77,15 @@ class SplitMeter(torch.nn.Module):
     def compute_and_reset(self) -> dict[str, float]:
         """`loss` (mean over samples), `acc1`, `acc5` (percent)."""
         values = {name: 100 * float(value) for name, value in self.accuracy.compute().items()}
-        values["loss"] = float(self.loss.compute())
+        values = without_broken({**values, "loss": float(self.loss.compute())})
         self.accuracy.reset()
         self.loss.reset()
         return values
+
+
+def without_broken(values: dict[str, float]) -> dict[str, float]:
+    """The values, or NaN in place of every one of them where the loss is not finite."""
+    return values if math.isfinite(values["loss"]) else dict.fromkeys(values, math.nan)
 
 
 def _sum_over_processes(value: torch.Tensor) -> torch.Tensor:

@@ -178,6 +178,8 @@ class LinearProbe(LightningModule):
         if self.selection_name is None:
             return
         score = row[f"{self.selection_name}_{'mean_ap' if self.multi_label else 'acc1'}"]
+        if math.isnan(score):  # the epoch diverged
+            return
         if self.selected is None or score > self.selected["score"]:
             state = {key: value.detach().cpu() for key, value in self.head.state_dict().items()}
             self.selected = {"epoch": int(row["epoch"]), "score": score, "head": copy.deepcopy(state)}

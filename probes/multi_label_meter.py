@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MultilabelAveragePrecision
 
-from probes.metrics import SplitMeter
+from probes.metrics import MeanLoss, SplitMeter, without_broken
 
 TRAIN_THRESHOLDS = 200
 """Thresholds of the binned precision on train: its state has one size, whatever the number of images."""
@@ -44,7 +44,7 @@ class MultiLabelMeter(SplitMeter):
         torch.nn.Module.__init__(self)
         self.precision = MultilabelAveragePrecision(num_classes, average="none", thresholds=thresholds)
         self.counts = ClassCounts(num_classes)
-        self.loss = MeanMetric()
+        self.loss = MeanLoss()
 
     def update(self, logits: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor | None = None) -> None:
         """Add logits [B, C] and targets bool [B, C]; `loss` is the batch's mean where it is not plain cross-entropy."""
@@ -65,7 +65,7 @@ class MultiLabelMeter(SplitMeter):
         self.precision.reset()
         self.counts.reset()
         self.loss.reset()
-        return values
+        return without_broken(values)
 
     def _metrics(self) -> dict[str, Metric]:
         return {"mean_ap": self.precision, "counts": self.counts, "loss": self.loss}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from probes.finite import best_row
 from probes.multi_label import PrecisionScore
 from probes.sections import RecipeError
 
@@ -35,7 +36,7 @@ def collect_precisions(module: LinearProbe, samples: int, split: str) -> list[Pr
         precision, loss = row[f"{split}_mean_ap"], row[f"{split}_loss"]
         return PrecisionScore(name, split, chosen_by, int(row["epoch"]), precision, loss, samples)
 
-    best = max(history, key=lambda row: row[f"{split}_mean_ap"])
+    best = best_row(history, f"{split}_mean_ap")
     scores = [score("last", "schedule", history[-1]), score("best", split, best)]
     if module.selected is not None:
         chosen = next(row for row in history if row["epoch"] == module.selected["epoch"])

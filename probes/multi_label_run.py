@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from probes.draws import Repetition
 from probes.sections import RecipeError
 
 if TYPE_CHECKING:
-    from probes.feature_run import Method, Samples, Scorer
+    import torch
+
+    from probes.feature_run import Method, Samples
     from probes.method_sections import MethodRecipe
     from probes.runs import RunFolder
     from probes.splits import Split, Splits
@@ -49,7 +51,7 @@ def execute_multi_label(
     from probes.extraction import load_tables
     from probes.feature_run import LinearScorer, describe_skipped
     from probes.finish import save_head
-    from probes.multi_label import PrecisionScore, average_precisions
+    from probes.multi_label import PrecisionScore
     from probes.multi_label_finish import finish_multi_label
     from probes.results import RunResult, candidates_csv
     from probes.scoring import label_scores
@@ -61,9 +63,7 @@ def execute_multi_label(
     selection = splits.selection
     if selection is not None:
         held = samples_of(tables, selection)
-        for tried, scorer in method.path(train):
-            precisions = average_precisions(_scores(scorer, held), held.targets.numpy() > 0)
-            candidates.append({method.setting: tried, "mean_average_precision": float(np.nanmean(precisions))})
+        candidates = score_settings(method, train, held, selection, tables[selection.name].index)
         value = max(candidates, key=lambda row: row["mean_average_precision"])[method.setting]
         chosen_by = selection.name
         if method.refit and Repetition(0, recipe.run.seed, splits, reported).may_refit:
@@ -93,6 +93,26 @@ def execute_multi_label(
     finish_multi_label(run, recipe, result, [score], labels)
 
 
+def score_settings(
+    method: Method, train: Samples, held: Samples, selection: Split, index: torch.Tensor
+) -> list[dict[str, float]]:
+    """Mean average precision of every setting on `held`, the images at positions `index` of the selection split.
+
+    Raises:
+        ValueError: scores are not finite.
+    """
+    from probes.finite import check_scores
+    from probes.multi_label import average_precisions
+
+    rows = []
+    for tried, scorer in method.path(train):
+        scores = scorer(held.features)
+        check_scores(scores, index, selection)
+        precisions = average_precisions(scores.numpy(), held.targets.numpy() > 0)
+        rows.append({method.setting: tried, "mean_average_precision": float(np.nanmean(precisions))})
+    return rows
+
+
 def samples_of(tables: Mapping[str, FeatureTable], split: Split) -> Samples:
     """Features of a split with targets float32 [N, C] of 0 and 1."""
     import torch
@@ -103,7 +123,3 @@ def samples_of(tables: Mapping[str, FeatureTable], split: Split) -> Samples:
     table = tables[split.name]
     shown = torch.from_numpy(split.multi_hot)[table.index].float()
     return Samples(split.name, table.features.float(), shown, shown.shape[1])
-
-
-def _scores(scorer: Scorer, samples: Samples) -> Any:
-    return scorer(samples.features).numpy()

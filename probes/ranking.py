@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from probes.finite import check_finite
 from probes.processes import gather_rows, share
 
 BLOCK_BYTES = 2**27
@@ -33,10 +34,7 @@ def rank_first_match(
         ValueError: a query without any matching item, or embeddings that are not finite.
     """
     for name, embeddings in (("queries", queries), ("gallery", gallery)):
-        # Through the sum: an elementwise check would hold a mask of all elements.
-        broken = int((~torch.isfinite(embeddings.sum(dim=1))).sum())
-        if broken:  # NaN compares as smaller than anything and would rank first
-            raise ValueError(f"{broken} embedding(s) of the {name} are not finite; try compute.precision=fp32")
+        check_finite(embeddings, f"embedding(s) of the {name}")
     rows = max(1, BLOCK_BYTES // (max(1, len(gallery)) * 12))  # 4 bytes of score, its masked copy, and masks
     ranks, index = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for start in share(range(0, len(queries), rows)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class Expectation:
     @property
     def verdict(self) -> str:
         """ "reached", "above", "below" or "not measured"."""
-        if self.measured is None:
+        if self.measured is None or math.isnan(self.measured):
             return "not measured"
         difference = self.measured - self.expected
         if abs(difference) <= self.tolerance:

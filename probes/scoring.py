@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from probes.finite import best_row, check_scores
 from probes.multi_label import LabelScores
 from probes.results import Predictions, Score
 
@@ -40,14 +41,24 @@ def predict_logits(
 
 
 def label_scores(logits: torch.Tensor, index: torch.Tensor, split: Split, *, log_odds: bool = True) -> LabelScores:
-    """Scores [N, C] of the images at positions `index` [N] of a split with `multi_hot`, beside what they show."""
+    """Scores [N, C] of the images at positions `index` [N] of a split with `multi_hot`, beside what they show.
+
+    Raises:
+        ValueError: some are not finite.
+    """
     assert split.multi_hot is not None
+    check_scores(logits, index, split)
     keys, positions = split.keys, index.tolist()
     return LabelScores([keys[i] for i in positions], logits.numpy(), split.multi_hot[positions], log_odds)
 
 
 def predict(logits: torch.Tensor, index: torch.Tensor, split: Split) -> Predictions:
-    """Predictions from logits [N, C] of the samples at positions `index` [N] of a split."""
+    """Predictions from logits [N, C] of the samples at positions `index` [N] of a split.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    check_scores(logits, index, split)
     return collect_predictions(logits.softmax(dim=1), torch.from_numpy(split.targets)[index], index, split)
 
 
@@ -74,7 +85,7 @@ def collect_scores(module: LinearProbe, samples: int, split: str) -> list[Score]
     """
     history = module.history
     last = history[-1]
-    best = max(history, key=lambda row: row[f"{split}_acc1"])
+    best = best_row(history, f"{split}_acc1")
 
     def score(name: str, chosen_by: str, row: dict[str, float]) -> Score:
         values = {key: row[f"{split}_{key}"] for key in ("acc1", "acc5", "loss")}

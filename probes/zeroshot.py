@@ -177,18 +177,22 @@ def _shorten(templates: Sequence[str], most: int = 4) -> str:
 
 
 def score_logits(logits: torch.Tensor, index: torch.Tensor, split: Split) -> tuple[Predictions, Score]:
-    """Predictions and score of logits [N, C] for the samples at positions `index` [N] of a split."""
+    """Predictions and score of logits [N, C] for the samples at positions `index` [N] of a split.
+
+    Raises:
+        ValueError: some are not finite.
+    """
     import torch
 
     from probes.metrics import SplitMeter
     from probes.scoring import predict
 
-    targets = torch.from_numpy(split.targets)[index]
+    predictions, targets = predict(logits, index, split), torch.from_numpy(split.targets)[index]
     meter = SplitMeter(logits.shape[1])
     meter.update(logits, targets)
     values = meter.compute_and_reset()
     score = Score("zero-shot", split.name, "nothing", 0, values["acc1"], values["acc5"], values["loss"], len(targets))
-    return predict(logits, index, split), score
+    return predictions, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
