@@ -42,7 +42,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     planned, memory = settle_batch(recipe, len(splits.classes))
     check_start(recipe, splits.classes)
     run = RunFolder.create(recipe, recipe_path)
-    run.write_json("data.json", describe(splits))
+    run.record_data(describe(splits))
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 

@@ -116,7 +116,7 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
         raise RecipeError(f"model.weights is {recipe.model.weights!r}, which has no classifier; name a checkpoint file")
     split, classes, notes = open_split(recipe, stored["classes"] if stored else None)
     folder = RunFolder.create(recipe, recipe_path)
-    folder.write_json("data.json", describe(Evaluation(classes, split, notes)))
+    folder.record_data(describe(Evaluation(classes, split, notes)))
     print(f"run folder: {folder.path}", *notes, sep="\nnote: ", flush=True)
 
     import torch

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.sections import FinetuneRecipe
 from probes.recipe import load_recipe
+from probes.resume import describe_changes
 from probes.sections import RecipeError
 from probes.splits import describe, prepare_splits
 
@@ -31,10 +32,10 @@ class FinishedRun:
         self.path = path
         self.recipe = load_recipe(path / "recipe.yaml", schema=FinetuneRecipe)
         self.splits = prepare_splits(self.recipe.data, self.recipe.run.seed)
-        stored = json.loads((path / "data.json").read_text(encoding="utf-8"))["splits"]
-        for name, found in describe(self.splits)["splits"].items():
-            if found["fingerprint"] != stored[name]["fingerprint"]:
-                raise RecipeError(f"the images of {name} are not those that the run in {path} had; restore them")
+        stored = json.loads((path / "data.json").read_text(encoding="utf-8"))
+        changes = describe_changes(stored, describe(self.splits))
+        if changes:
+            raise RecipeError(f"the data are not those that the run in {path} had: {'; '.join(changes)}; restore them")
 
     def build(self) -> Classifier:
         """The run's classifier, untrained."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,23 +11,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
 from safetensors.torch import load_file, save_file
 
 from eva_clip.transforms import build_eval_transform
 from finetune.build import build_recipe_classifier
-from finetune.checkpoints import KeepCheckpoints, Terminated, newest_readable
 from finetune.contrastive import refresh_head
 from finetune.data import FinetuneData
 from finetune.module import FinetuneModule
 from finetune.sections import FinetuneRecipe
 from finetune.sharding import build_strategy, gather
 from finetune.views import FinetuneTransform
+from probes.checkpoints import KeepCheckpoints
 from probes.class_weights import balanced_weights, positive_weights
 from probes.plan import steps_per_epoch
-from probes.progress import is_terminal
 from probes.schedule import warmup_cosine
+from probes.trainer import build_trainer, find_checkpoint, run_training
 
 if TYPE_CHECKING:
     from eva_clip.classifier import Classifier
@@ -79,20 +75,12 @@ def fit_classifier(
         on_selected=lambda weights: save_selected(run, module, weights),
         on_non_finite=lambda what, images: _note_non_finite(run, splits, what, images),
     )
-    trainer = build_trainer(recipe, run)
-    resume = None
-    if run.resumed:
-        path, passed = newest_readable(run.path / "checkpoints")
-        notes += passed
-        resume = str(path) if path else None
+    trainer = build_recipe_trainer(recipe, run)
+    checkpoint, passed = find_checkpoint(run)
+    notes += passed
     for note in notes:
         print(f"note: {note}", flush=True)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except SystemExit as stop:
-        if trainer.interrupted and not isinstance(stop, Terminated):  # Lightning turns Ctrl-C into a silent exit
-            raise KeyboardInterrupt from stop
-        raise
+    run_training(trainer, module, checkpoint, datamodule=data)
     return Fitted(module, data, notes)
 
 
@@ -114,34 +102,20 @@ def build_data(recipe: FinetuneRecipe, splits: Splits, model: Classifier) -> Fin
     return data
 
 
-def build_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
+def build_recipe_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
     """Lightning's Trainer of a recipe; loggers and checkpoints point into the run folder."""
     section = recipe.trainer
     assert section.micro_batch is not None
     processes = section.devices * section.nodes
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    callbacks: list[Callback] = [
-        KeepCheckpoints(run.path / "checkpoints", recipe.checkpoint.every_steps, recipe.checkpoint.keep)
-    ]
-    if is_terminal():
-        callbacks.append(RichProgressBar())
-    return pl.Trainer(
+    return build_trainer(
+        run.path,
+        [KeepCheckpoints(run.path / "checkpoints", recipe.checkpoint.every_steps, recipe.checkpoint.keep)],
         max_epochs=recipe.schedule.epochs,
-        accelerator="auto",
         devices=section.devices,
         num_nodes=section.nodes,
         strategy=build_strategy(section),
-        precision=PRECISIONS[section.precision],  # type: ignore[arg-type]
+        precision=PRECISIONS[section.precision],
         accumulate_grad_batches=section.global_batch // (section.micro_batch * processes),
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=True,
-        enable_progress_bar=is_terminal(),
-        enable_model_summary=False,
-        callbacks=callbacks,
-        logger=TensorBoardLogger(run.path, name="", version="tensorboard"),
         log_every_n_steps=50,
     )
 

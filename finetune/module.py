@@ -252,6 +252,8 @@ class FinetuneModule(LightningModule):
         """Continue from a checkpoint."""
         state = checkpoint["finetune"]
         self._ema_state = state["ema"]
+        if self.ema is not None:  # a sharding strategy restores after `on_fit_start`
+            self.on_fit_start()
         self.history, self.selected, self._steps = state["history"], state["selected"], state["steps"]
         self._meter("train").load_totals(state["train_meter"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from probes.bank_plan import bank_features, bank_kinds
 from probes.bank_results import bank_csv, chosen_head, score_bank, summarise_bank
 from probes.bank_start import Tables, build_fit, load_bank_tables
 from probes.baselines import compute_baselines
+from probes.checkpoints import Pace, write_checkpoint
 from probes.draws import describe_draws, draw_seeds, with_first_seed, with_seed
 from probes.encoder import recipe_spec
 from probes.finish import finish_run, reported_split, save_head
@@ -23,13 +25,12 @@ from probes.runs import RunFolder
 from probes.schedule import epoch_means
 from probes.sections import Recipe, RecipeError
 from probes.splits import prepare_splits
+from probes.trainer import find_checkpoint
 
 if TYPE_CHECKING:
     from probes.bank_fit import BankFit
     from probes.results import Score
     from probes.splits import Splits
-
-CHECKPOINT = "checkpoints/last.ckpt"
 
 
 def execute_bank(recipe: Recipe, recipe_path: str) -> None:
@@ -54,7 +55,7 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
     for kind in bank_kinds(recipe):
         bank_features(recipe, kind).feature_dim(recipe_spec(recipe))  # refuses more blocks than there are
     run = RunFolder.create(asked, recipe_path)
-    run.write_json("data.json", describe_draws(splits, draw_seeds(recipe, splits)))
+    run.record_data(describe_draws(splits, draw_seeds(recipe, splits)))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     tables = load_bank_tables(recipe, splits)
@@ -101,13 +102,15 @@ def repeat_seeds(recipe: Recipe, splits: Splits, tables: Tables, first: Score) -
 
 
 def train_bank(fit: BankFit, run: RunFolder, *, encoder_sha256: str) -> None:
-    """Train what remains of the epochs; each ends with a row of `log.txt`, a checkpoint and a printed line.
+    """Train what remains of the epochs; each ends with a row of `log.txt`, a printed line and, at a `Pace`, a checkpoint.
 
     Raises:
         ValueError: every head diverged, or the checkpoint of the run belongs to another bank or encoder.
     """
-    checkpoint = run.path / CHECKPOINT
-    if run.resumed and checkpoint.is_file():
+    checkpoint, passed = find_checkpoint(run)
+    for note in passed:
+        print(f"note: {note}", flush=True)
+    if checkpoint is not None:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if state["encoder_sha256"] != encoder_sha256:
             raise ValueError(
@@ -115,15 +118,16 @@ def train_bank(fit: BankFit, run: RunFolder, *, encoder_sha256: str) -> None:
                 f"{encoder_sha256[:12]}; restore the weights it was started with, or start a new run"
             )
         fit.load_state_dict(state["fit"])
-    checkpoint.parent.mkdir(exist_ok=True)
-    last_line = 0.0
+    pace, last_line = Pace(), 0.0
     while fit.epoch < fit.epochs:
         fit.run_epoch()
         row = log_row(fit)
         run.append_log(row)  # first: a repeated epoch keeps its row, and an epoch without one would never be repeated
-        partial = checkpoint.with_name(f".{checkpoint.name}.partial")
-        torch.save({"fit": fit.state_dict(), "encoder_sha256": encoder_sha256}, partial)
-        partial.replace(checkpoint)
+        began = time.monotonic()
+        if pace.due() or fit.epoch == fit.epochs:
+            state = {"fit": fit.state_dict(), "encoder_sha256": encoder_sha256}
+            write_checkpoint(run.path / "checkpoints", fit.epoch * fit.steps, 2, functools.partial(torch.save, state))
+            pace.saved(began)
         if time.monotonic() - last_line >= 2 or fit.epoch == fit.epochs:
             last_line = time.monotonic()
             best = fit.bank.heads[int(row["head"])].name

@@ -112,7 +112,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     check_choice(recipe, splits, method)
     repetitions = [draw_repetition(splits, recipe.data.holdout, *item) for item in list_repetitions(recipe)]
     run = RunFolder.create(asked, recipe_path)
-    run.write_json("data.json", describe_draws(splits, repetitions))
+    run.record_data(describe_draws(splits, repetitions))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     if splits.train.multi_hot is not None:

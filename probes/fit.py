@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eva_clip.transforms import LinearProbeTransform, build_eval_transform
 from probes.batch_norm import SharedRunningStatistics
+from probes.checkpoints import KeepCheckpoints
 from probes.data import ImageDataModule
 from probes.encoder import build_recipe_encoder, recipe_spec
 from probes.extraction import load_tables
 from probes.head_start import recipe_class_weights, start_head
 from probes.module import LinearProbe
 from probes.plan import steps_per_epoch
-from probes.progress import is_terminal
 from probes.sampling import EpochSampler
 from probes.schedule import warmup_cosine
 from probes.sections import Recipe, RecipeError
 from probes.store_table import EncoderFacts, FeatureTable
+from probes.trainer import build_trainer, find_checkpoint, run_training
 
 if TYPE_CHECKING:
     from eva_clip.encoder import VisionEncoder
@@ -117,7 +116,7 @@ def fit_probe(
     check_machine(recipe)
     pl.seed_everything(recipe.run.seed, verbose=False)
     encoder: VisionEncoder | None = None
-    trainer = _build_trainer(recipe, run)
+    trainer = _build_recipe_trainer(recipe, run)
     if recipe.features.mode == "cached":
         tables = tables or load_tables(recipe, splits, weights=weights, views=recipe.features.views)
         facts, data = tables["train"].encoder, build_data(recipe, splits, recipe_spec(recipe))
@@ -146,29 +145,12 @@ def fit_probe(
         encoder_sha256=facts.sha256,
         on_row=on_row,
     )
-    _run_training(trainer, module, train, evaluation, data, run)
+    checkpoint, passed = find_checkpoint(run)
+    for note in passed:
+        print(f"note: {note}", flush=True)
+    loaders = {"train_dataloaders": train, "val_dataloaders": list(evaluation.values())}
+    run_training(trainer, module, checkpoint, **({"datamodule": data} if train is None else loaders))
     return Fitted(module, facts, evaluation, data, tables)
-
-
-def _run_training(
-    trainer: pl.Trainer,
-    module: LinearProbe,
-    train: DataLoader[Any] | None,
-    evaluation: Mapping[str, Any],
-    data: ImageDataModule,
-    run: RunFolder | None,
-) -> None:
-    checkpoint = run.path / "checkpoints" / "last.ckpt" if run and run.resumed else None
-    resume = str(checkpoint) if checkpoint and checkpoint.is_file() else None
-    try:
-        if train is None:
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        else:
-            trainer.fit(module, train, list(evaluation.values()), ckpt_path=resume, weights_only=True)
-    except SystemExit as stop:
-        if trainer.interrupted:  # Lightning turns Ctrl-C into a silent exit
-            raise KeyboardInterrupt from stop
-        raise
 
 
 def build_data(recipe: Recipe, splits: Splits, spec: ModelSpec) -> ImageDataModule:
@@ -213,38 +195,23 @@ def _in_order(count: int, batch: int = 4096) -> list[tuple[int, list[int]]]:
     return [(0, list(range(start, min(start + batch, count)))) for start in range(0, count, batch)]
 
 
-def _build_trainer(recipe: Recipe, run: RunFolder | None) -> pl.Trainer:
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+def _build_recipe_trainer(recipe: Recipe, run: RunFolder | None) -> pl.Trainer:
     # These concern what this code sets on purpose.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the encoder stays so
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 against newer torch
-    callbacks: list[Callback] = []
-    if run:
-        callbacks.append(
-            ModelCheckpoint(run.path / "checkpoints", save_last=True, save_top_k=0, save_on_train_epoch_end=True)
-        )
-    show_bar = run is not None and is_terminal()
-    if show_bar:
-        callbacks.append(RichProgressBar())
     section = recipe.trainer
+    callbacks: list[Callback] = [KeepCheckpoints(run.path / "checkpoints")] if run else []
     if section.devices > 1:
         callbacks.append(SharedRunningStatistics())
-    return pl.Trainer(
+    return build_trainer(
+        run.path if run else None,
+        callbacks,
         max_epochs=recipe.schedule.epochs,
         devices=section.devices,
         strategy=section.strategy,
         sync_batchnorm=section.sync_batch_norm,
         precision="16-mixed" if section.precision == "fp16" else "32-true",
         accumulate_grad_batches=section.accumulate,
-        logger=TensorBoardLogger(run.path, name="", version="tensorboard") if run else False,
-        callbacks=callbacks,
-        enable_checkpointing=run is not None,
-        enable_progress_bar=show_bar,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
     )
 
 

@@ -61,7 +61,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
 
     check_machine(recipe)
     run = RunFolder.create(asked, recipe_path)
-    run.write_json("data.json", describe_draws(splits, draw_seeds(recipe, splits)))
+    run.record_data(describe_draws(splits, draw_seeds(recipe, splits)))
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 

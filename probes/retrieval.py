@@ -42,7 +42,7 @@ def _run(recipe: RetrievalRecipe, recipe_path: str, captioned: CaptionedSplit, t
     from probes.runs import RunFolder
 
     run = RunFolder.create(recipe, recipe_path)
-    run.write_json("data.json", captioned.describe())
+    run.record_data(captioned.describe())
     print(f"run folder: {run.path}", flush=True)
 
     import torch

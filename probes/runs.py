@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from probes.launch import is_first_process
 from probes.recipe import dump_recipe, load_recipe
+from probes.resume import changed_keys, describe_changes
 from probes.sections import RecipeError, RunSection
 
 PACKAGES = (
@@ -94,6 +94,23 @@ class RunFolder:
         """Write a JSON file, whole or not at all."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
+    def record_data(self, described: Mapping[str, Any]) -> None:
+        """Write `data.json`: what `probes.splits.describe` says; a run that has trained goes on with its own data only.
+
+        Raises:
+            RecipeError: the data of a resumed run are no longer those that it was started with.
+        """
+        path = self.path / "data.json"
+        if self.resumed and _has_trained(self.path) and path.is_file():
+            changes = describe_changes(json.loads(path.read_text(encoding="utf-8")), described)
+            if changes:
+                raise RecipeError(
+                    f"the data are not those that the run in {self.path} was started with: {'; '.join(changes)}; "
+                    "restore them, or start a new run in another run.dir"
+                )
+            return
+        self.write_json("data.json", described)
+
     def read_log(self) -> list[dict[str, float]]:
         """Rows of `log.txt`, one per epoch; a last line cut short by a kill is left out."""
         path = self.path / "log.txt"
@@ -164,26 +181,20 @@ def _describe_run(run: RunFolder) -> str:
         return f"a finished run; choose another run.dir, or {overwrite}"
     epochs = len(run.read_log())
     state = f"stopped after {epochs} epoch(s)" if epochs else "never finished an epoch"
-    resume = (
-        "continue it" if (run.path / "checkpoints" / "last.ckpt").is_file() else "start it again from its beginning"
-    )
+    kept = any(run.path.glob("checkpoints/*.ckpt"))
+    resume = "continue it" if kept else "start it again from its beginning"
     return f"a run that {state}; choose another run.dir, or run.on_existing=resume to {resume}, or {overwrite}"
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether a run has come as far as its first epoch or checkpoint."""
+    return (path / "log.txt").exists() or (path / "checkpoints").exists()
 
 
 def _check_resumable(path: Path, recipe: Any) -> None:
     if (path / "result.json").is_file():
         raise RecipeError(f"the run in {path} is finished; there is nothing to resume")
-    stored = dataclasses.asdict(load_recipe(path / "recipe.yaml", schema=type(recipe)))
-    asked = dataclasses.asdict(recipe)
-    differing = sorted(
-        f"{section}.{key}"
-        for section, values in asked.items()
-        for key, value in values.items()
-        if section not in ("expected", "run") and stored[section][key] != value
-    )
-    if stored["run"]["seed"] != recipe.run.seed:
-        differing.append("run.seed")
+    differing = changed_keys(load_recipe(path / "recipe.yaml", schema=type(recipe)), recipe)
     if differing:
-        nothing_lost = not (path / "log.txt").exists() and not (path / "checkpoints").exists()
-        hint = "; it never finished an epoch, so run.on_existing=overwrite loses nothing" if nothing_lost else ""
+        hint = "" if _has_trained(path) else "; it never finished an epoch, so run.on_existing=overwrite loses nothing"
         raise RecipeError(f"the run in {path} was started with other values of {', '.join(differing)}{hint}")

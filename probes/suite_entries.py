@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from probes import retrieval, zeroshot
+from probes import resume, retrieval, zeroshot
 from probes.recipe import load_recipe
 from probes.retrieval_sections import RetrievalRecipe
 from probes.sections import DataAbsent, RecipeError
@@ -131,13 +130,8 @@ def read_measured(result: Path) -> dict[str, float]:
 
 def changed_keys(folder: Path, recipe: EvaluationRecipe) -> list[str]:
     """Keys of a recipe that have another value than in a run folder; its `run` and `expected` do not count."""
-    stored = dataclasses.asdict(load_recipe(folder / "recipe.yaml", schema=type(recipe)))
-    return sorted(
-        f"{section}.{key}"
-        for section, values in dataclasses.asdict(recipe).items()
-        for key, value in values.items()
-        if section not in ("expected", "run") and stored[section][key] != value
-    )
+    stored = load_recipe(folder / "recipe.yaml", schema=type(recipe))
+    return [key for key in resume.changed_keys(stored, recipe) if not key.startswith("run.")]
 
 
 def _common_overrides(recipe: SuiteRecipe) -> list[str]:

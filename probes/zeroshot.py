@@ -53,7 +53,7 @@ def _run(
     from probes.splits import describe
 
     run = RunFolder.create(recipe, recipe_path)
-    run.write_json("data.json", describe(splits))
+    run.record_data(describe(splits))
     run.write_json("prompts.json", vars(prompts))
     print(f"run folder: {run.path}", flush=True)
 

@@ -57,9 +57,14 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key != "train_data_wait"} for row in rows]
 
 
-def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
-    while process.poll() is None and not list(folder.glob("checkpoints/step-*.ckpt")):
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int = 0) -> None:
+    """Until there is a checkpoint of this optimizer step or a later one, or the process has ended."""
+    while process.poll() is None and newest_step(folder) < step:
         time.sleep(0.01)
+
+
+def newest_step(folder: Path) -> int:
+    return max((int(path.stem[5:]) for path in folder.glob("checkpoints/step-*.ckpt")), default=-1)
 
 
 @pytest.mark.slow
@@ -84,6 +89,36 @@ def test_two_processes_are_one_also_when_stopped(start, one, engine):
             )
     lines = [(run / "predictions.csv").read_text().splitlines() for run in (one, folder)]
     assert len(lines[0]) == len(lines[1]) == 1 + 20, "every image once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "devices"), [("ddp", 2), ("fsdp2", 1), ("fsdp2", 2)])
+def test_a_resumed_average_goes_on(start, engine, devices):
+    """Stopped late, so that an average begun anew at the resume would be another one, then resumed."""
+    options = [
+        f"trainer.strategy={engine}",
+        f"trainer.devices={devices}",
+        "optimizer.lr=3e-3",
+        "optimizer.layer_decay=1",
+    ]
+    whole, folder = start(f"whole-{engine}{devices}", *options)
+    finish(whole)
+    process, stopped = start(f"stopped-{engine}{devices}", *options)
+    wait_for_checkpoint(process, stopped, step=14)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=200)
+    assert process.returncode == 143
+    finish(start(stopped.name, *options)[0])
+    results = [json.loads((run / "result.json").read_text()) for run in (folder, stopped)]
+    assert [result["facts"]["average"] for result in results] == ["decay 0.9, 24 updates"] * 2
+    averages, raw = (
+        [load_file(run / f"last_{kind}.safetensors") for run in (folder, stopped)] for kind in ("ema", "raw")
+    )
+    apart = max(float((averages[0][name] - raw[0][name]).abs().max()) for name in raw[0])
+    assert apart > 1e-3, "the average shows"
+    for first, second in (averages, raw):
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.checkpoints import list_checkpoints, newest_readable
+from probes.checkpoints import list_checkpoints, newest_readable
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "recipes" / "quickstart" / "finetune.yaml"

@@ -41,7 +41,6 @@ FILES = {
     "predictions.csv",
     "report.html",
     "result.json",
-    "checkpoints/last.ckpt",
     "tensorboard/hparams.yaml",
 }
 
@@ -93,7 +92,9 @@ class TestFolderRun:
         cwd, _ = finished
         found = set(contents(cwd / "run"))
         events = {name for name in found if name.startswith("tensorboard/events.")}
-        assert found - events == FILES
+        checkpoints = {name for name in found if name.startswith("checkpoints/step-")}
+        assert found - events - checkpoints == FILES
+        assert len(checkpoints) == 4, "the newest two, with their sums"
         assert len(events) == 1
         assert {path.name for path in cwd.iterdir()} == {"run", "logs"}
         assert len(list((cwd / "logs" / "features").glob("*/key.json"))) == 2

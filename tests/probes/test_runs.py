@@ -50,7 +50,7 @@ def test_the_refusal_says_how_far_the_run_came(tmp_path):
     with pytest.raises(RecipeError, match=r"stopped after 2 epoch\(s\).*to start it again"):
         RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").write_text("")
+    (tmp_path / "checkpoints" / "step-00000002.ckpt").write_text("")
     with pytest.raises(RecipeError, match=r"stopped after 2 epoch\(s\).*run.on_existing=resume to continue it"):
         RunFolder.create(recipe_for(tmp_path), "recipe.yaml")
     run.write_json("result.json", {})

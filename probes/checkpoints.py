@@ -6,6 +6,8 @@ import hashlib
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -26,24 +28,41 @@ class Terminated(SystemExit):
         super().__init__(128 + signal.SIGTERM)
 
 
+class Pace:
+    """Decides when to save, so that saving takes at most a twentieth of the time: epochs may last milliseconds."""
+
+    SHARE = 20
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self) -> bool:
+        """Whether a save may be made now; the first always may."""
+        return time.monotonic() >= self._next
+
+    def saved(self, began: float) -> None:
+        """Note that a save which began at this `time.monotonic()` is done."""
+        now = time.monotonic()
+        self._next = now + self.SHARE * (now - began)
+
+
 class KeepCheckpoints(Checkpoint):
-    """Saves after every n optimizer steps, at the end of every epoch, and at the next step after a SIGTERM.
+    """Saves at the ends of epochs and, with `every_steps`, inside them; stops at the next step after a SIGTERM.
 
-    In a SLURM job SIGUSR1 (`--signal=SIGUSR1@120`) does the same and then puts the job back into the queue, where the
+    In a SLURM job SIGUSR1 (`--signal=SIGUSR1@120`) stops too and then puts the job back into the queue, where the
     same command with `run.on_existing=resume` goes on. Lightning's own handler would write a second kind of checkpoint.
-
-    A checkpoint is written beside its place, flushed to the disk and renamed; only then are older ones removed. When
-    the disk is full the last good one stays and the error names it.
 
     Args:
         folder: where `step-00001234.ckpt` and its `.sha256` go.
-        every_steps: optimizer steps between checkpoints.
+        every_steps: optimizer steps between checkpoints; the end of every epoch and a stop are saved besides. None is
+            for a module whose state is whole between epochs only: their ends are saved at a `Pace`, the last always.
         keep: how many of the newest stay.
     """
 
-    def __init__(self, folder: Path, every_steps: int, keep: int) -> None:
+    def __init__(self, folder: Path, every_steps: int | None = None, keep: int = 2) -> None:
         self.folder, self.every_steps, self.keep = folder, every_steps, keep
         self.stopping = self.requeue = False
+        self._pace = Pace()
         self._saved = -1
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -70,16 +89,19 @@ class KeepCheckpoints(Checkpoint):
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         if accumulating or last or not stepped:
             return
-        stopping = bool(trainer.strategy.reduce_boolean_decision(self.stopping, all=False))
-        if stopping or step % self.every_steps == 0:
+        stopping = self._any(trainer, self.stopping)
+        if self.every_steps is not None and (stopping or step % self.every_steps == 0):
             self.save(trainer)
         if stopping:
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Save the finished epoch."""
-        self.save(trainer)
-        if trainer.strategy.reduce_boolean_decision(self.stopping, all=False):
+        stopping = self._any(trainer, self.stopping)
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if self.every_steps is not None or stopping or last or self._any(trainer, self._pace.due()):
+            self.save(trainer)
+        if stopping:
             self._stop(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -88,32 +110,22 @@ class KeepCheckpoints(Checkpoint):
         Raises:
             OSError: it could not be written; the message names the last good one.
         """
-        name = f"step-{trainer.global_step:08d}.ckpt"
-        temporary, target = self.folder / f".{name}.partial", self.folder / name
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            trainer.save_checkpoint(temporary)
-            if trainer.is_global_zero and temporary.is_file():
-                publish(temporary, target)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            temporary.unlink(missing_ok=True)
-            good = list_checkpoints(self.folder)
-            stays = f"the last good one is {good[-1]}" if good else "there is none yet"
-            message = f"checkpoint {target} could not be written ({error}); {stays}; make room and resume"
-            raise OSError(message) from error
+        began, first = time.monotonic(), trainer.is_global_zero
+        write_checkpoint(self.folder, trainer.global_step, self.keep, trainer.save_checkpoint, publishes=first)
         self._saved = trainer.global_step
-        if trainer.is_global_zero:
-            for old in list_checkpoints(self.folder)[: -self.keep]:
-                old.unlink()
-                old.with_suffix(".sha256").unlink(missing_ok=True)
+        self._pace.saved(began)
+
+    @staticmethod
+    def _any(trainer: Trainer, decision: bool) -> bool:
+        """Whether any process decided so."""
+        return bool(trainer.strategy.reduce_boolean_decision(decision, all=False))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
         self.requeue = self.requeue or number != signal.SIGTERM
 
     def _stop(self, trainer: Trainer) -> None:
-        if trainer.strategy.reduce_boolean_decision(self.requeue, all=False) and trainer.is_global_zero:
+        if self._any(trainer, self.requeue) and trainer.is_global_zero:
             requeue_job()
         raise Terminated
 
@@ -137,6 +149,44 @@ def requeue_job() -> None:
         print(f"note: job {job} could not be requeued ({problem}); the state is saved: submit it again", flush=True)
     else:
         print(f"note: job {job} is back in the queue", flush=True)
+
+
+def write_checkpoint(
+    folder: Path, step: int, keep: int, write: Callable[[Path], object], *, publishes: bool = True
+) -> None:
+    """Write one checkpoint and drop those that are too old.
+
+    It is written beside its place, flushed to the disk and renamed; only then are older ones removed. When the disk is
+    full the last good one stays.
+
+    Args:
+        folder: of the run's checkpoints; is made where there is none.
+        step: optimizer steps made.
+        keep: how many of the newest stay.
+        write: writes the state to a path; several processes may call it together.
+        publishes: whether this process is the one that names and removes files.
+
+    Raises:
+        OSError: it could not be written; the message names the last good one.
+    """
+    name = f"step-{step:08d}.ckpt"
+    temporary, target = folder / f".{name}.partial", folder / name
+    if publishes:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        if publishes and temporary.is_file():
+            publish(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        good = list_checkpoints(folder)
+        stays = f"the last good one is {good[-1]}" if good else "there is none yet"
+        message = f"checkpoint {target} could not be written ({error}); {stays}; make room and resume"
+        raise OSError(message) from error
+    if publishes:
+        for old in list_checkpoints(folder)[:-keep]:
+            old.unlink()
+            old.with_suffix(".sha256").unlink(missing_ok=True)
 
 
 def publish(temporary: Path, target: Path) -> None:
