@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,3 +139,30 @@ def test_a_killed_command_goes_on_after_its_last_checkpoint(name, argv, tmp_path
     after = record.read_text().split()[len(before) :]
     assert after == [str(epoch) for epoch in range(saved, epochs)], "no epoch before the checkpoint once more"
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+SLURM = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NNODES": "1", "PROCID": "0"}
+SLURM |= {"LOCALID": "0", "NODEID": "0", "NODELIST": "localhost"}
+
+
+@pytest.mark.parametrize("name", ["cached", "online", "finetune"])
+def test_a_slurm_job_takes_nothing_from_the_working_folder(name, argv, tmp_path, monkeypatch):
+    """Lightning's own requeue leaves `hpc_ckpt_1.ckpt`, which any Trainer of that folder would continue."""
+    import importlib
+
+    module, arguments = argv(name, 3)
+    if name == "cached":  # these are trained by Trainers without a run folder
+        arguments += ["run.seeds=[0,1]", "baselines.random_encoder=true"]
+    main = importlib.import_module(module).main
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "run.dir=outside"]) == 0
+    assert main([*arguments, "run.dir=other", "schedule.epochs=2", "optimizer.lr=0.02"]) == 0
+    shutil.copy(list_checkpoints(tmp_path / "other" / "checkpoints")[-1], tmp_path / "hpc_ckpt_1.ckpt")
+    for key, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert main([*arguments, "run.dir=inside"]) == 0
+    assert_same_end(tmp_path / "outside", tmp_path / "inside")
+    results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("outside", "inside")]
+    assert results[0]["repeats"] == results[1]["repeats"]
+    assert results[0]["baselines"] == results[1]["baselines"]
+    assert not list(tmp_path.rglob("hpc_ckpt_*"))[1:]
