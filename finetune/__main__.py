@@ -36,11 +36,11 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     from probes.splits import describe, prepare_splits
 
     check_recipe(recipe)
-    splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
+    splits = prepare_splits(recipe.data, multi_label=True)
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
     planned, memory = settle_batch(recipe, len(splits.classes))
-    check_start(recipe, splits.classes)
+    check_start(recipe, splits)
     run = RunFolder.create(recipe, recipe_path)
     run.record_data(describe(splits))
     reference = read_reference(recipe.expected, splits.notes)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.sections import FinetuneRecipe
-from probes.recipe import load_recipe
+from probes.recipe import load_run_recipe
 from probes.resume import describe_changes
 from probes.sections import RecipeError
 from probes.splits import describe, prepare_splits
@@ -30,8 +30,8 @@ class FinishedRun:
         if not all((path / name).is_file() for name in ("recipe.yaml", "result.json", "last_raw.safetensors")):
             raise RecipeError(f"{path} holds no finished fine-tune; expected the run folder of python -m finetune")
         self.path = path
-        self.recipe = load_recipe(path / "recipe.yaml", schema=FinetuneRecipe)
-        self.splits = prepare_splits(self.recipe.data, self.recipe.run.seed)
+        self.recipe = load_run_recipe(path / "recipe.yaml", FinetuneRecipe)
+        self.splits = prepare_splits(self.recipe.data)
         stored = json.loads((path / "data.json").read_text(encoding="utf-8"))
         changes = describe_changes(stored, describe(self.splits))
         if changes:

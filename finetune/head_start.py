@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.contrastive import ClassTexts, text_head
+from finetune.unseen import check_probe_seen
 from probes.sections import RecipeError, StoredFeaturesSection
 
 if TYPE_CHECKING:
@@ -47,31 +48,42 @@ def build_start_head(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
     """
     if recipe.head.start == "probe":
         assert recipe.head.probe is not None
-        return read_probe(Path(recipe.head.probe), recipe.model.name, splits.classes)
+        return read_probe(Path(recipe.head.probe), recipe.model.name, splits)
     if recipe.head.start == "zero_shot":
         return from_texts(recipe, splits)
     return fit_probe_first(recipe, splits)
 
 
-def read_probe(path: Path, model: str, classes: list[str]) -> StartHead:
-    """The head of a probe's run folder, or its `head.safetensors`, in the order of `classes`; BatchNorm is folded.
+def read_probe(path: Path, model: str, splits: Splits) -> StartHead:
+    """The head of a probe's run folder, or its `head.safetensors`; classes in the data's order, BatchNorm folded.
 
     Raises:
-        RecipeError: it does not fit; what was found and what was expected are named.
+        RecipeError: it does not fit, or was fitted on images that judge here; what was found is named.
+    """
+    file, probe = read_probe_facts(path)
+    _check_probe(probe, file, model, splits.classes)
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    unsaid = check_probe_seen(file, splits)
+    weight, bias = fold(tensors)
+    order = [probe["classes"].index(name) for name in splits.classes]
+    return StartHead(weight[order], bias[order], f"the head starts from the probe {file}{unsaid}")
+
+
+def read_probe_facts(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The head's file of a probe's run folder, or that file itself, and its metadata.
+
+    Raises:
+        RecipeError: there is none.
     """
     file = path / "head.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise RecipeError(f"head.probe: no head at {file}; expected the run folder of a probe, or its head.safetensors")
     with safe_open(file, framework="pt") as stored:
         metadata = stored.metadata() or {}
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     if "probe" not in metadata:
         raise RecipeError(f"head.probe: {file} is no head of a probe; expected a head.safetensors that probes wrote")
-    probe = json.loads(metadata["probe"])
-    _check_probe(probe, file, model, classes)
-    weight, bias = fold(tensors)
-    order = [probe["classes"].index(name) for name in classes]
-    return StartHead(weight[order], bias[order], f"the head starts from the probe {file}")
+    return file, json.loads(metadata["probe"])
 
 
 def fold(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +184,7 @@ def fit_probe_first(recipe: FinetuneRecipe, splits: Splits) -> StartHead:
     )
     without_test = dataclasses.replace(splits, test=None)
     tables, alone = load_tables(frozen, without_test), splits.selection is None
-    drawn = carve(without_test, splits.train, INNER_HOLDOUT, recipe.run.seed) if alone else without_test
+    drawn = carve(without_test, splits.train, INNER_HOLDOUT, recipe.data.holdout_seed) if alone else without_test
     choice = choose_and_fit(Logistic(LogisticSection()), drawn, tables, refit=alone)
     assert isinstance(choice.scorer, LinearScorer)
     note = f"the head starts from a probe fitted first (C = {choice.value:.3g}, by {choice.chosen_by})"

@@ -139,12 +139,13 @@ def draw(path: Path, rows: list[Row], across: str, up: str) -> None:
 
 
 def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
-    """The runs, all of one shape and one list of classes.
+    """The runs, all of one shape and one list of classes, judged by images that none of them was trained on.
 
     Raises:
         RecipeError: they do not belong together, or hold adapters.
     """
     from finetune.finished_run import FinishedRun
+    from finetune.unseen import check_members
 
     runs = [FinishedRun(path) for path in paths]
     first = runs[0]
@@ -159,6 +160,7 @@ def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
         ):
             if one != other:
                 raise RecipeError(f"{run.path} has another {what} than {first.path} ({other}, not {one})")
+    check_members(runs)
     return runs
 
 

@@ -193,7 +193,7 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
     from finetune.build import build_untrained
     from finetune.layer_decay import build_param_groups, describe_groups
 
-    size = measure_data(recipe.data, recipe.run.seed)
+    size = measure_data(recipe.data)
     steps = steps_per_epoch(size.train * recipe.augment.repeats, recipe.trainer.global_batch)
     with torch.device("meta"):
         model = build_untrained(recipe, size.classes, None)

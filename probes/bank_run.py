@@ -43,7 +43,7 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
     start = time.monotonic()
     asked, recipe = recipe, with_first_seed(recipe)
     check_recipe(recipe)
-    splits = prepare_splits(recipe.data, recipe.run.seed)
+    splits = prepare_splits(recipe.data)
     if splits.selection is None:
         raise RecipeError(
             "a bank needs images to choose a head by and there are none; set data.holdout=0.15 (of train), or give "
@@ -65,7 +65,8 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
     predictions, scores = score_bank(fit, {kind: of[reported.name] for kind, of in tables.items()}, reported)
     fitted = fit_chosen(recipe, splits, fit, tables)
     chosen = chosen_recipe(recipe, fit)
-    save_head(run, chosen, fitted.encoder, recipe.head.kind, fitted.module.head.state_dict(), splits.classes)
+    state = fitted.module.head.state_dict()
+    save_head(run, chosen, fitted.encoder, recipe.head.kind, state, splits.classes, [splits.train])
     result = summarise_bank(recipe, Path(recipe_path), splits, fit, tables, scores)
     result.repeats.extend(repeat_seeds(recipe, splits, tables, result.reported))
     baselines, left_out = compute_baselines(chosen, splits, fitted, reported)

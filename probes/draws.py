@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from probes.sections import RecipeError
 from probes.splits import Split, Splits, choose_holdout, describe
 
-SHOTS_HOLDOUT = "holdout of the shots"
+SHOTS_HOLDOUT = "shots_holdout"
 """Name of the split that is held out of a few-shot draw; "holdout" is that of all of train."""
 SHOTS_STREAM = 0x5407
 """Second word of the seed of few-shot draws; see `probes.splits.HOLDOUT_STREAM`."""
@@ -45,12 +46,13 @@ class Repetition:
         return {split.name: len(split) for split in [*self.drawn.named.values(), self.reported]}
 
 
-def draw_repetition(splits: Splits, share: float, shots: int, seed: int) -> Repetition:
+def draw_repetition(recipe: Any, splits: Splits, shots: int, seed: int) -> Repetition:
     """The hold-out of a seed, and the few shots of it where some are asked for.
 
-    Without a test split that hold-out is what is reported, and shots are drawn from the rest of train.
+    A run of one seed keeps the hold-out of `data.holdout_seed`, which its splits come with. Without a test split the
+    hold-out is what is reported, and shots are drawn from the rest of train.
     """
-    base = with_seed(splits, share, seed)
+    base = with_seed(splits, recipe.data.holdout, seed) if recipe.run.seeds else splits
     reported = base.selection if base.test is None else base.test
     assert reported is not None, "a run with nothing to score on is refused before"
     return Repetition(shots, seed, with_shots(base, shots, seed) if shots else base, reported)
@@ -58,7 +60,7 @@ def draw_repetition(splits: Splits, share: float, shots: int, seed: int) -> Repe
 
 def draw_seeds(recipe: Any, splits: Splits) -> list[Repetition]:
     """The repetitions of `run.seeds` on all of train."""
-    return [draw_repetition(splits, recipe.data.holdout, 0, seed) for seed in recipe.run.seeds]
+    return [draw_repetition(recipe, splits, 0, seed) for seed in recipe.run.seeds]
 
 
 def describe_draws(splits: Splits, repetitions: Sequence[Repetition]) -> dict[str, Any]:
@@ -99,10 +101,21 @@ def whole_train(splits: Splits) -> Split:
 
 
 def with_first_seed(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe of the first of `run.seeds`; itself where there are none."""
+    """The recipe of the first of `run.seeds`, which also draws the hold-out; itself where there are none.
+
+    Raises:
+        RecipeError: `data.holdout_seed` is given too.
+    """
     if not recipe.run.seeds:
         return recipe
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=recipe.run.seeds[0]))
+    if recipe.data.holdout_seed:
+        raise RecipeError(
+            f"data.holdout_seed is {recipe.data.holdout_seed} with run.seeds, each of which draws a hold-out of its "
+            "own; leave data.holdout_seed out"
+        )
+    seed = recipe.run.seeds[0]
+    run, data = dataclasses.replace(recipe.run, seed=seed), dataclasses.replace(recipe.data, holdout_seed=seed)
+    return dataclasses.replace(recipe, run=run, data=data)
 
 
 def with_seed(splits: Splits, share: float, seed: int) -> Splits:

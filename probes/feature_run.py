@@ -89,6 +89,8 @@ class Outcome:
     scorer: Scorer
     candidates: list[dict[str, float]]
     """Settings with their scores on the selection split."""
+    fitted: list[Split]
+    """What the scorer was fitted on."""
 
 
 def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> None:
@@ -105,12 +107,12 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
 
     asked, recipe = recipe, with_first_seed(recipe)
     check_model(recipe.model)
-    splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
+    splits = prepare_splits(recipe.data, multi_label=True)
     if splits.train.multi_hot is not None:
         check_repetitions(recipe)
     reported = reported_split(splits, "" if recipe.few_shot.shots else method.setting, recipe.run.seeds)
     check_choice(recipe, splits, method)
-    repetitions = [draw_repetition(splits, recipe.data.holdout, *item) for item in list_repetitions(recipe)]
+    repetitions = [draw_repetition(recipe, splits, *item) for item in list_repetitions(recipe)]
     run = RunFolder.create(asked, recipe_path)
     run.record_data(describe_draws(splits, repetitions))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
@@ -126,7 +128,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     run.write_text("candidates.csv", candidates_csv(first.candidates))
     if isinstance(first.scorer, LinearScorer):
         state = {"0.weight": first.scorer.weight, "0.bias": first.scorer.bias}
-        save_head(run, recipe, facts, "linear", state, splits.classes)
+        save_head(run, recipe, facts, "linear", state, splits.classes, first.fitted)
     result = RunResult(
         title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
         method=f"probes.{method.name}",
@@ -202,6 +204,8 @@ class Choice:
     chosen_by: str
     """The split that chose, or "schedule": the recipe fixes the setting."""
     candidates: list[dict[str, float]]
+    fitted: list[Split]
+    """What the scorer was fitted on."""
 
 
 def choose_and_fit(method: Method, drawn: Splits, tables: Mapping[str, FeatureTable], *, refit: bool) -> Choice:
@@ -218,7 +222,7 @@ def choose_and_fit(method: Method, drawn: Splits, tables: Mapping[str, FeatureTa
     classes = len(drawn.classes)
     train = _samples(table_of(tables, drawn.train), classes)
     candidates: list[dict[str, float]] = []
-    value, chosen_by = method.fixed, "schedule"
+    value, chosen_by, fitted = method.fixed, "schedule", [drawn.train]
     selection = drawn.selection
     if selection is not None:
         table = table_of(tables, selection)
@@ -230,8 +234,8 @@ def choose_and_fit(method: Method, drawn: Splits, tables: Mapping[str, FeatureTa
         best = max(candidates, key=lambda row: row["acc1"])  # of equals the first: the simplest model
         value, chosen_by = best[method.setting], selection.name
         if refit:
-            train = train.joined(held)
-    return Choice(method.fit(train, value), value, chosen_by, candidates)
+            train, fitted = train.joined(held), [drawn.train, selection]
+    return Choice(method.fit(train, value), value, chosen_by, candidates, fitted)
 
 
 def fit_once(method: Method, repetition: Repetition, tables: Mapping[str, FeatureTable]) -> Outcome:
@@ -245,12 +249,12 @@ def fit_once(method: Method, repetition: Repetition, tables: Mapping[str, Featur
     name = "selected" if choice.candidates else "last"
     setting = f"{method.setting} = {choice.value:.6g}"
     chosen = dataclasses.replace(score, name=name, chosen_by=choice.chosen_by, setting=setting)
-    return Outcome(chosen, predictions, repetition, choice.scorer, choice.candidates)
+    return Outcome(chosen, predictions, repetition, choice.scorer, choice.candidates, choice.fitted)
 
 
 def table_of(tables: Mapping[str, FeatureTable], split: Split) -> FeatureTable:
     """The features of any draw from the images that `tables` are of."""
-    return tables.get(split.name, tables["train"]).whole.take(split)  # a hold-out's source is train's
+    return tables.get(split.name, tables["train"]).whole.take(split)  # a hold-out is of train's source
 
 
 def _samples(table: FeatureTable, num_classes: int) -> Samples:
@@ -271,7 +275,7 @@ def plan_method(recipe: MethodRecipe, method: Method, values: Sequence[float]) -
     from probes.plan import check_model, measure_data
 
     check_model(recipe.model)
-    size = measure_data(recipe.data, recipe.run.seed)
+    size = measure_data(recipe.data)
     spec, features = get_model_spec(recipe.model.name), recipe.features
     definition = FeatureDefinition(features.pool, features.projected, features.l2norm)
     return {

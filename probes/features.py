@@ -50,7 +50,7 @@ def extract(arguments: argparse.Namespace) -> int:
         from probes.splits import open_evaluation_split, prepare_splits
 
         data = recipe.data
-        splits = prepare_splits(data, recipe.run.seed, multi_label=True) if data.train else open_evaluation_split(data)
+        splits = prepare_splits(data, multi_label=True) if data.train else open_evaluation_split(data)
         from probes.extraction import load_tables
 
         for name, table in load_tables(recipe, splits, views=recipe.features.views).items():

@@ -56,6 +56,7 @@ def save_head(
     kind: str,
     tensors: Mapping[str, torch.Tensor],
     classes: list[str],
+    fitted: Sequence[Split],
 ) -> None:
     """Write the reported head as `head.safetensors`, with all that is needed to use it in its metadata.
 
@@ -70,10 +71,14 @@ def save_head(
         kind: "bn_linear" or "linear".
         tensors: state of `build_head(kind, ...)`.
         classes: names.
+        fitted: the splits that the head was fitted on; `fitted_on.npz` beside it names their images by digests
+            (`probes.seen`), so that none of them judges what starts from it.
     """
     if not run.writes:
         return
     from safetensors.torch import save_file
+
+    from probes.seen import Seen
 
     probe = {
         "model": recipe.model.name,
@@ -84,6 +89,7 @@ def save_head(
         "classes": classes,
     }
     state = {key: value.contiguous().cpu() for key, value in tensors.items()}
+    Seen.of(fitted).write(run)
     save_file(state, run.path / "head.safetensors", metadata={"probe": json.dumps(probe, sort_keys=True)})
 
 

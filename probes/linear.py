@@ -51,7 +51,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
 
     asked, recipe = recipe, with_first_seed(recipe)
     check_recipe(recipe)
-    splits = prepare_splits(recipe.data, recipe.run.seed, multi_label=True)
+    splits = prepare_splits(recipe.data, multi_label=True)
     several = splits.train.multi_hot is not None
     if several:
         check_multi_label_probe(recipe)
@@ -72,7 +72,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     module = fitted.module
     module.load_reported_head()
     scored = predict_logits(module, fitted.loaders[reported.name], module.device)
-    save_head(run, recipe, fitted.encoder, recipe.head.kind, module.head.state_dict(), splits.classes)
+    save_head(run, recipe, fitted.encoder, recipe.head.kind, module.head.state_dict(), splits.classes, [splits.train])
     samples = len(scored[1])
     result = summarise(recipe, Path(recipe_path), splits, fitted, reported, samples)
     if several:

@@ -59,7 +59,7 @@ def execute_multi_label(
     tables = load_tables(recipe, splits)
     train = samples_of(tables, splits.train)
     candidates: list[dict[str, float]] = []
-    value, chosen_by = method.fixed, "schedule"
+    value, chosen_by, fitted = method.fixed, "schedule", [splits.train]
     selection = splits.selection
     if selection is not None:
         held = samples_of(tables, selection)
@@ -67,11 +67,12 @@ def execute_multi_label(
         value = max(candidates, key=lambda row: row["mean_average_precision"])[method.setting]
         chosen_by = selection.name
         if method.refit and Repetition(0, recipe.run.seed, splits, reported).may_refit:
-            train = train.joined(held)
+            train, fitted = train.joined(held), [splits.train, selection]
     run.write_text("candidates.csv", candidates_csv(candidates))
     scorer, scored, encoder = method.fit(train, value), samples_of(tables, reported), tables["train"].encoder
     if isinstance(scorer, LinearScorer):
-        save_head(run, recipe, encoder, "linear", {"0.weight": scorer.weight, "0.bias": scorer.bias}, splits.classes)
+        state = {"0.weight": scorer.weight, "0.bias": scorer.bias}
+        save_head(run, recipe, encoder, "linear", state, splits.classes, fitted)
     index, odds = tables[reported.name].index, method.name == "logistic"
     labels = label_scores(scorer(scored.features), index, reported, log_odds=odds)
     name, setting = "selected" if candidates else "last", f"{method.setting} = {value:.6g}"

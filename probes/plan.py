@@ -20,7 +20,7 @@ class DataSize:
     """Samples that are scored after every epoch; None where the data are not there to be counted."""
 
 
-def measure_data(data: DataSection, seed: int) -> DataSize:
+def measure_data(data: DataSection) -> DataSize:
     """Sizes from the data where they are present, else from `data.train_size` and `data.num_classes`.
 
     Raises:
@@ -33,7 +33,7 @@ def measure_data(data: DataSection, seed: int) -> DataSize:
         return DataSize(data.train_size - held_out, data.num_classes)
     from probes.splits import prepare_splits
 
-    splits = prepare_splits(data, seed, multi_label=data.labels == "multi")  # the run itself refuses where it must
+    splits = prepare_splits(data, multi_label=data.labels == "multi")  # the run itself refuses where it must
     evaluated = sum(len(split) for name, split in splits.named.items() if name != "train")
     return DataSize(len(splits.train), len(splits.classes), evaluated)
 
@@ -96,7 +96,7 @@ def plan_linear(recipe: Recipe) -> dict[str, Any]:
     from probes.encoder import build_recipe_encoder
     from probes.heads import build_head
 
-    size = measure_data(recipe.data, recipe.run.seed)
+    size = measure_data(recipe.data)
     trainer, schedule = recipe.trainer, recipe.schedule
     steps = steps_per_epoch(size.train, trainer.global_batch)
     with torch.device("meta"):

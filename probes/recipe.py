@@ -63,6 +63,20 @@ def load_recipe(
     return schema(**sections)
 
 
+def load_run_recipe(path: Path, schema: type[R]) -> R:
+    """The recipe that a run folder holds.
+
+    One without `data.holdout_seed`, from before it, drew its hold-out from `run.seed`, and so it is read.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    content = _read_yaml(path, [])
+    run, data = content.get("run") or {}, content.get("data") or {}
+    before = "holdout" in data and "holdout_seed" not in data and not run.get("seeds")
+    return load_recipe(path, [f"data.holdout_seed={run.get('seed', 0)}"] if before else [], schema)
+
+
 def recipe_sections(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
     """Names of the sections that a recipe file and its overrides have. Raises RecipeError as `load_recipe` does."""
     return [str(name) for name in _read_yaml(Path(path), overrides)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from probes.launch import is_first_process
-from probes.recipe import dump_recipe, load_recipe
+from probes.recipe import dump_recipe, load_run_recipe
 from probes.resume import changed_keys, describe_changes
 from probes.sections import RecipeError, RunSection
 
@@ -194,7 +194,7 @@ def _has_trained(path: Path) -> bool:
 def _check_resumable(path: Path, recipe: Any) -> None:
     if (path / "result.json").is_file():
         raise RecipeError(f"the run in {path} is finished; there is nothing to resume")
-    differing = changed_keys(load_recipe(path / "recipe.yaml", schema=type(recipe)), recipe)
+    differing = changed_keys(load_run_recipe(path / "recipe.yaml", type(recipe)), recipe)
     if differing:
         hint = "" if _has_trained(path) else "; it never finished an epoch, so run.on_existing=overwrite loses nothing"
         raise RecipeError(f"the run in {path} was started with other values of {', '.join(differing)}{hint}")

@@ -19,10 +19,10 @@ class RunSection(Section):
     dir: str | None = None
     """Run folder; null makes a fresh one under `logs/`, named after the recipe and the time."""
     seed: int = setting(0, low=0)
-    """Seed of hold-out, sampling order, augmentation and initial weights."""
+    """Seed of sampling order, augmentation and initial weights; the hold-out has its own, `data.holdout_seed`."""
     seeds: list[int] = setting([])
-    """Frozen features only: repeat with these seeds instead, from one extraction. The first is reported in full, with
-    mean and spread over all."""
+    """Frozen features only: repeat with these seeds instead, from one extraction, each with a hold-out drawn from its
+    own seed. The first is reported in full, with mean and spread over all."""
     on_existing: str = setting("error", choices=("error", "resume", "overwrite"))
     """What to do when the run folder already holds a run."""
 
@@ -120,6 +120,9 @@ class DataSection(Section):
     """Images of the reported score; never used for selection."""
     holdout: float = setting(0.0, low=0.0, high=0.9)
     """Share of train held out for selection, stratified by class and seeded; unused when `val` is given."""
+    holdout_seed: int = setting(0, low=0)
+    """Seed of the hold-out alone: runs of any `run.seed` hold the same images out, so that what they trained can be
+    compared and averaged on them. Only `run.seeds` and `few_shot.shots` draw one from each of their seeds."""
     workers: int = setting(4, low=0)
     """Processes that decode images (0: in the main process)."""
     labels: str = setting("single", choices=("single", "multi"))

@@ -100,14 +100,13 @@ class Evaluation:
         return {"test": self.test}
 
 
-def prepare_splits(data: DataSection, seed: int, *, multi_label: bool = False) -> Splits:
+def prepare_splits(data: DataSection, *, multi_label: bool = False) -> Splits:
     """Open the sources of a recipe, align their classes and carve the hold-out. Reads no image.
 
     A CSV with a `split` column given as `train` also fills `val` and `test` where the recipe names none.
 
     Args:
         data: the recipe's section.
-        seed: chooses the hold-out; nothing else does.
         multi_label: the caller can train on images of several classes (`data.labels=multi`).
 
     Raises:
@@ -141,7 +140,7 @@ def prepare_splits(data: DataSection, seed: int, *, multi_label: bool = False) -
     check_multi_label({name: split.multi_hot for name, split in whole.items() if split.multi_hot is not None}, notes)
     train, selection = whole["train"], whole.get("val")
     if selection is None and data.holdout > 0:
-        train, selection = _carve_holdout(train, data.holdout, seed, notes)
+        train, selection = _carve_holdout(train, data.holdout, data.holdout_seed, notes)
     return Splits(classes, train, selection, whole.get("test"), notes)
 
 
@@ -284,7 +283,7 @@ def _carve_holdout(train: Split, share: float, seed: int, notes: list[str]) -> t
     missing = len(_occurring(train) - _occurring(holdout))
     lost = len(_occurring(train) - _occurring(rest))
     if lost:
-        notes.append(f"the hold-out takes every image of {lost} class(es); change run.seed or lower data.holdout")
+        notes.append(f"the hold-out takes every image of {lost} class(es); lower data.holdout or change its seed")
     if missing:
         notes.append(f"{missing} class(es) are too small to give an image to the hold-out")
     return rest, holdout

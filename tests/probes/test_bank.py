@@ -348,6 +348,7 @@ def test_a_criterion_that_there_is_not(splits):
 
 FILES = {
     *("recipe.yaml", "environment.json", "data.json", "log.txt", "bank.csv", "head.safetensors", "predictions.csv"),
+    "fitted_on.npz",
     *("report.html", "result.json"),
 }
 GRID = ["bank.lrs=[0.3,1.0,3.0]", "bank.weight_decays=[0.0,0.01]", "bank.kinds=[cls,cls_last2+gap]"]
@@ -463,7 +464,7 @@ def test_the_selected_head_gives_the_reported_score(start, tmp_path):
     recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     recipe.features.pool = result["facts"]["chosen head"].split()[0]
-    table = load_tables(recipe, prepare_splits(recipe.data, recipe.run.seed))["test"]
+    table = load_tables(recipe, prepare_splits(recipe.data))["test"]
     state = load_file(tmp_path / "run" / "head.safetensors")
     predicted = (table.features.float() @ state["0.weight"].T + state["0.bias"]).argmax(1)
     top1 = 100 * float((predicted == table.targets).double().mean())
@@ -523,7 +524,8 @@ def test_seeds_are_the_banks_of_each_seed(start, tmp_path):
     assert start("both", "bank.lrs=[0.03,0.3,3.0]", "run.seeds=[3,4]").code == 0
     both = json.loads((tmp_path / "both" / "result.json").read_text())
     for row in both["repeats"]:
-        assert start(f"seed{row['seed']}", "bank.lrs=[0.03,0.3,3.0]", f"run.seed={row['seed']}").code == 0
+        of_seed = [f"run.seed={row['seed']}", f"data.holdout_seed={row['seed']}"]
+        assert start(f"seed{row['seed']}", "bank.lrs=[0.03,0.3,3.0]", *of_seed).code == 0
         alone = json.loads((tmp_path / f"seed{row['seed']}" / "result.json").read_text())
         assert alone["scores"][0]["top1"] == pytest.approx(row["top1"])
         assert alone["scores"][0]["setting"] == row["chosen"]

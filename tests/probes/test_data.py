@@ -36,7 +36,7 @@ def digits(tmp_path) -> Path:
 def build(digits: Path, samples_per_epoch: int = 24, micro_batch: int = 8, **options) -> ImageDataModule:
     data = DataSection(train=str(digits), **{"workers": 0, **options})
     return ImageDataModule(
-        prepare_splits(data, seed=0),
+        prepare_splits(data),
         LinearProbeTransform(SIZE),
         build_eval_transform(SIZE),
         data=data,

@@ -83,7 +83,8 @@ def test_seeds_are_the_runs_of_each_seed(argv, capsys):
     out = capsys.readouterr().out
     repeats = read_result("both")["repeats"]
     for row in repeats:
-        assert main([*argv, f"run.seed={row['seed']}", f"run.dir=seed{row['seed']}"]) == 0
+        of_seed = [f"run.seed={row['seed']}", f"data.holdout_seed={row['seed']}"]
+        assert main([*argv, *of_seed, f"run.dir=seed{row['seed']}"]) == 0
         assert read_result(f"seed{row['seed']}")["scores"][0]["top1"] == pytest.approx(row["top1"])
     assert read_result("both")["scores"] == read_result("seed3")["scores"]
     assert "over 2 seed(s)" in out

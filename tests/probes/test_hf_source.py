@@ -47,7 +47,7 @@ def saved(tmp_path_factory, positions) -> Path:
 
 def prepare(tmp_path: Path, multi: bool = False, **options: object) -> Splits:
     data = DataSection(format="hf", root=str(tmp_path), **options)  # type: ignore[arg-type]
-    return prepare_splits(data, 0, multi_label=multi)
+    return prepare_splits(data, multi_label=multi)
 
 
 def test_a_set_saved_to_disk(saved, tmp_path, positions):

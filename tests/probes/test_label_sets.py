@@ -29,8 +29,8 @@ def write_csv(folder: Path, rows: list[tuple[str, str]]) -> str:
 
 
 def prepare(train: str, seed: int = 0, **options: object) -> Splits:
-    data = DataSection(format="csv", labels="multi", train=train, **options)  # type: ignore[arg-type]
-    return prepare_splits(data, seed, multi_label=True)
+    data = DataSection(format="csv", labels="multi", train=train, holdout_seed=seed, **options)  # type: ignore[arg-type]
+    return prepare_splits(data, multi_label=True)
 
 
 def names(splits: Splits, split: str) -> list[set[str]]:
@@ -77,7 +77,7 @@ def test_classes_unknown_to_train_are_named(tmp_path):
 
 def test_several_labels_where_one_is_expected_are_refused_or_noted(tmp_path, capsys):
     train = write_csv(tmp_path, [("cat|dog", "train"), ("cat", "train"), ("dog", "train")])
-    single = prepare_splits(DataSection(format="csv", train=train), 0)
+    single = prepare_splits(DataSection(format="csv", train=train))
     assert single.classes == ["cat", "cat|dog", "dog"]
     assert "data.labels=multi takes them apart" in single.notes[-1]
     argv = [str(REPO / "recipes/custom/linear_csv.yaml"), f"data.train={train}", "data.labels=multi", "bank.lrs=[0.1]"]
@@ -87,7 +87,7 @@ def test_several_labels_where_one_is_expected_are_refused_or_noted(tmp_path, cap
         DataSection(labels="multi")
     empty = write_csv(tmp_path, [("", "train"), ("dog", "train")])
     with pytest.raises(RecipeError, match="row 2 has an empty label"):
-        prepare_splits(DataSection(format="csv", train=empty), 0)
+        prepare_splits(DataSection(format="csv", train=empty))
 
 
 def test_an_evaluation_takes_them_apart_too(tmp_path):

@@ -38,6 +38,7 @@ FILES = {
     "data.json",
     "log.txt",
     "head.safetensors",
+    "fitted_on.npz",
     "predictions.csv",
     "report.html",
     "result.json",

@@ -110,7 +110,7 @@ def test_mean_recall_is_balanced_accuracy():
 class TestDraws:
     @pytest.fixture
     def splits(self, png_digits):
-        return prepare_splits(DataSection(train=str(png_digits.train), test=str(png_digits.test), holdout=0.25), 0)
+        return prepare_splits(DataSection(train=str(png_digits.train), test=str(png_digits.test), holdout=0.25))
 
     def test_shots_are_nested_and_do_not_depend_on_order(self, splits):
         pool = whole_train(splits)
@@ -136,7 +136,8 @@ class TestDraws:
 
     def test_another_seed_is_the_holdout_of_that_seed(self, splits, png_digits):
         again = with_seed(splits, 0.25, 7)
-        fresh = prepare_splits(DataSection(train=str(png_digits.train), test=str(png_digits.test), holdout=0.25), 7)
+        data = DataSection(train=str(png_digits.train), test=str(png_digits.test), holdout=0.25, holdout_seed=7)
+        fresh = prepare_splits(data)
         assert again.train.keys == fresh.train.keys
         assert again.selection.keys == fresh.selection.keys
         assert again.train.targets.tolist() == fresh.train.targets.tolist()

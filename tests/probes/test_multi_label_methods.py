@@ -74,7 +74,7 @@ def test_logistic_is_a_binary_fit_of_each_label(argv):
     more = ["data.holdout=0.0", "logistic.fixed=0.5", "run.dir=run"]
     assert probes.logistic.main([*argv, *more]) == 0
     recipe = load_recipe("recipe.yaml", [*argv[1:], *more], LogisticRecipe)
-    splits = prepare_splits(recipe.data, 0, multi_label=True)
+    splits = prepare_splits(recipe.data, multi_label=True)
     tables = load_tables(recipe, splits)
     features = {name: table.features.double().numpy() for name, table in tables.items()}
     for position, name in enumerate(splits.classes):

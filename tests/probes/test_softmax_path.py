@@ -127,7 +127,7 @@ def test_the_quickstarts_features_too(repo, monkeypatch, tmp_path):
         ["data.holdout=0.0", f"features.cache={tmp_path}"],
         LogisticRecipe,
     )
-    table = load_tables(recipe, prepare_splits(recipe.data, 0))["train"]
+    table = load_tables(recipe, prepare_splits(recipe.data))["train"]
     features, targets = table.features.float(), table.targets
     for point in fit_path(features, targets, 30, [1e-4, 1e-2, 1.0, 100.0]):
         reference = LogisticRegression(C=point.c, tol=1e-6, max_iter=3000)

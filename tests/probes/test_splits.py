@@ -24,7 +24,7 @@ def make_folder(root: Path, counts: dict[str, int]) -> str:
 
 
 def prepare(seed: int = 0, **options: object) -> Splits:
-    return prepare_splits(DataSection(**options), seed)  # type: ignore[arg-type]
+    return prepare_splits(DataSection(holdout_seed=seed, **options))  # type: ignore[arg-type]
 
 
 def test_integer_classes_sort_as_numbers_and_others_as_text():

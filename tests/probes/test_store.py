@@ -115,7 +115,7 @@ def test_the_sample_list_knows_files_and_their_order(write_digits, tmp_path):
     digits = write_digits(tmp_path, 2)
 
     def samples():
-        return sample_list(prepare_splits(DataSection(format="csv", train=str(digits.csv)), 0).train)
+        return sample_list(prepare_splits(DataSection(format="csv", train=str(digits.csv))).train)
 
     first = samples()
     assert samples() == first

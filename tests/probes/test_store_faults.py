@@ -32,7 +32,7 @@ def extract(cache, precision="fp32"):
         data=DataSection(train=train, workers=0),
         trainer=TrainerSection(precision=precision),
     )
-    load_tables(recipe, prepare_splits(recipe.data, 0), shard_rows=2)
+    load_tables(recipe, prepare_splits(recipe.data), shard_rows=2)
 """
 """Beginning of a program that defines `extract`; shards of 2 rows make 24 of the 48 digits."""
 

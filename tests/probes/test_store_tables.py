@@ -40,7 +40,7 @@ def changed(recipe: Recipe, section: str, **values) -> Recipe:
 
 
 def tables(recipe: Recipe, **options):
-    return load_tables(recipe, prepare_splits(recipe.data, recipe.run.seed), shard_rows=ROWS, **options)
+    return load_tables(recipe, prepare_splits(recipe.data), shard_rows=ROWS, **options)
 
 
 def entry_of(recipe: Recipe, split: str = "train"):
@@ -49,7 +49,7 @@ def entry_of(recipe: Recipe, split: str = "train"):
 
 
 def images_of(recipe: Recipe, view: int | None = None) -> torch.Tensor:
-    split = prepare_splits(recipe.data, recipe.run.seed).train
+    split = prepare_splits(recipe.data).train
     transform = build_eval_transform(32) if view is None else LinearProbeTransform(32)
     dataset = SplitDataset(split, transform, recipe.run.seed, "fail")
     return collate([dataset[i if view is None else (view, i)] for i in range(len(split))])["image"]
@@ -99,7 +99,7 @@ def test_class_tokens_of_the_last_blocks_are_those_of_a_shorter_tower(tiny_model
 
 def test_rows_know_their_samples(recipe):
     found = tables(recipe)["test"]
-    split = prepare_splits(recipe.data, 0).test
+    split = prepare_splits(recipe.data).test
     assert found.keys == split.keys
     assert found.targets.tolist() == split.targets.tolist()
     assert found.index.tolist() == list(range(20))
@@ -110,8 +110,8 @@ def test_splits_of_one_source_are_rows_of_one_extraction(recipe, no_encoder):
     whole = tables(recipe)["train"]
     no_encoder()
     for seed, share in ((3, 0.25), (4, 0.25), (4, 0.5)):
-        other = changed(changed(recipe, "data", holdout=share), "run", seed=seed)
-        splits, found = prepare_splits(other.data, seed), tables(other)
+        other = changed(recipe, "data", holdout=share, holdout_seed=seed)
+        splits, found = prepare_splits(other.data), tables(other)
         for split in (splits.train, splits.selection):
             table = found[split.name]
             assert torch.equal(table.features, whole.features[split.indices])
@@ -185,7 +185,7 @@ def test_unreadable_images_are_left_out_by_name_or_refused(recipe, write_digits,
     assert found.skipped == ["three/05.png"]
     assert len(found) == len(found.features) == len(found.targets) == 47
     assert "three/05.png" not in found.keys
-    assert found.keys == [prepare_splits(recipe.data, 0).train.keys[i] for i in found.index.tolist()]
+    assert found.keys == [prepare_splits(recipe.data).train.keys[i] for i in found.index.tolist()]
     with pytest.raises(RecipeError, match=r"could not be read when .*three/05.png.*on_corrupt=skip"):
         tables(changed(recipe, "data", on_corrupt="fail"))
 
