@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.sections import ExpectedSection, HeadSection
+from finetune.sections import EvaluateDataSection, ExpectedSection, HeadSection
 from probes.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from probes.recipe import load_recipe
 from probes.results import RunResult
-from probes.sections import DataSection, ModelSection, RecipeError, RunSection
+from probes.sections import ModelSection, RecipeError, RunSection
 from probes.zeroshot_sections import ComputeSection
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class EvaluateRecipe:
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
     head: HeadSection = field(default_factory=HeadSection)
-    data: DataSection = field(default_factory=DataSection)
+    data: EvaluateDataSection = field(default_factory=EvaluateDataSection)
     compute: ComputeSection = field(default_factory=ComputeSection)
     expected: ExpectedSection = field(default_factory=ExpectedSection)
 
@@ -53,6 +53,7 @@ def open_split(recipe: EvaluateRecipe, classes: list[str] | None) -> tuple[Split
     """
     import numpy as np
 
+    from probes.source_contract import some
     from probes.splits import Split, open_evaluation_split
 
     found = open_evaluation_split(recipe.data)
@@ -65,8 +66,11 @@ def open_split(recipe: EvaluateRecipe, classes: list[str] | None) -> tuple[Split
             f"expected some of {', '.join(classes[:5])}, …; rename or remove them"
         )
     position = np.array([classes.index(name) for name in found.classes], dtype=np.int64)
-    absent = len(classes) - len(found.classes)
-    notes = [*found.notes, *([f"data.test has no image of {absent} of the {len(classes)} classes"] if absent else [])]
+    counts = found.multi_hot.sum(axis=0)
+    absent = [name for name in classes if name not in found.classes or not counts[found.classes.index(name)]]
+    notes = list(found.notes)
+    if absent:
+        notes.append(f"data.test has no image of {len(absent)} of the {len(classes)} classes: {some(absent)}")
     shown = None
     if found.test.multi_hot is not None:
         shown = np.zeros((len(found.test), len(classes)), dtype=np.bool_)
@@ -144,6 +148,7 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
         facts={
             "encoder": recipe.model.name,
             "weights": f"{run / 'model.safetensors' if run else recipe.model.weights}: {loaded}",
+            "answers": f"among the classes of the {recipe.data.classes_of}",
             "image size": f"{spec.vision.image_size} px",
             "duration": f"{time.monotonic() - start:.0f} s",
         },
@@ -155,6 +160,7 @@ def finish(
     run: RunFolder, recipe: EvaluateRecipe, result: RunResult, logits: torch.Tensor, index: torch.Tensor, split: Split
 ) -> None:
     """Score logits [N, C] of the images at positions `index` [N] of the split, and report."""
+    from finetune.answers import take_answers
     from probes.finish import finish_run
     from probes.multi_label import PrecisionScore
     from probes.multi_label_finish import finish_multi_label
@@ -167,9 +173,11 @@ def finish(
         score = PrecisionScore("evaluated", "test", "schedule", 0, labels.mean, None, len(index), what)
         finish_multi_label(run, recipe, result, [score], labels)
         return
-    predictions, found = score_logits(logits, index, split)
+    answers = take_answers(logits, index, result.classes, split, recipe.data.classes_of)
+    predictions, found = score_logits(answers.logits, index, answers.split)
+    result = dataclasses.replace(result, classes=answers.classes, notes=[*result.notes, *answers.notes])
     found = dataclasses.replace(found, name="evaluated", chosen_by="schedule", setting=what)
-    finish_run(run, recipe, dataclasses.replace(result, scores=[found]), predictions, split)
+    finish_run(run, recipe, dataclasses.replace(result, scores=[found]), predictions, answers.split)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

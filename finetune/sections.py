@@ -44,6 +44,17 @@ class HeadSection(Section):
 
 
 @dataclass
+class EvaluateDataSection(DataSection):
+    """The images of `finetune.evaluate`."""
+
+    classes_of: str = setting("run", choices=("run", "test"))
+    """What a run may answer where `test` has images of some of its classes only. "run": any of its classes, as in use,
+    and an absent one is wrong; "test": the classes that occur, as published for ImageNet-A and -R, whose figures are
+    over 200 of 1,000. The result names both. Without effect on images of several classes, where each class counts for
+    itself."""
+
+
+@dataclass
 class TuneSection(Section):
     """What is trained."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from PIL import Image
 
 import finetune.__main__
+from eva_clip.transforms import build_eval_transform, to_rgb
 from finetune.evaluate import main
 
 REPO = Path(__file__).resolve().parents[2]
@@ -75,3 +80,39 @@ def test_a_checkpoint_by_recipe(finished, png_digits, tmp_path):
     assert read_result(tmp_path / "run")["scores"][0]["top1"] == pytest.approx(
         read_result(finished)["scores"][0]["top1"]
     )
+
+
+@pytest.mark.parametrize("kind", ["run", "test"])
+def test_answers_are_among_the_classes_of_the_run_or_of_test(finished, png_digits, tmp_path, kind, capsys):
+    """Against logits computed image by image through timm's own reading of the exported folder."""
+    names = ["three", "zero"]
+    for name in names:
+        shutil.copytree(png_digits.test / name, tmp_path / "some" / name)
+    view = build_eval_transform(64)
+    paths = sorted((tmp_path / "some").glob("*/*.png"))
+    model = timm.create_model(f"local-dir:{finished}", pretrained=True).eval()
+    with torch.no_grad():
+        logits = model(torch.stack([view(to_rgb(Image.open(path))) for path in paths]))
+    columns = [png_digits.classes.index(name) for name in names]
+    true = torch.tensor([png_digits.classes.index(path.parent.name) for path in paths])
+    of_test = [columns[i] for i in logits[:, columns].argmax(dim=1).tolist()]
+    answers = {"run": logits.argmax(dim=1).tolist(), "test": of_test}
+    top1 = {key: 100 * float((torch.tensor(found) == true).double().mean()) for key, found in answers.items()}
+    assert top1["run"] < top1["test"], "else the two could not be told apart"
+
+    argv = [str(finished), f"data.test={tmp_path / 'some'}", f"run.dir={tmp_path / 'run'}"]
+    assert main([*argv, f"data.classes_of={kind}"]) == 0
+    result, out = read_result(tmp_path / "run"), capsys.readouterr().out
+    score = result["scores"][0]
+    assert score["top1"] == pytest.approx(top1[kind])
+    other = {"run": "test", "test": "run"}[kind]
+    assert f"(data.classes_of={kind})" in out
+    assert any(f"data.classes_of={other}" in note and f"{top1[other]:.2f}" in note for note in result["notes"])
+    assert result["classes"] == (png_digits.classes if kind == "run" else names)
+    rows = csv.DictReader((tmp_path / "run" / "predictions.csv").read_text().splitlines())
+    predicted = {row["key"]: row["predicted"] for row in rows}
+    expected = [png_digits.classes[answer] for answer in answers[kind]]
+    assert [predicted[f"{path.parent.name}/{path.name}"] for path in paths] == expected
+    if kind == "test":
+        loss = torch.nn.functional.cross_entropy(logits[:, columns], torch.tensor([columns.index(t) for t in true]))
+        assert score["loss"] == pytest.approx(float(loss), abs=1e-4)
