@@ -29,20 +29,24 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     start = time.monotonic()
     from finetune.plan import check_recipe, settle_batch
     from finetune.start_check import check_start
+    from finetune.unseen import seen_by_fine_tune
     from probes.finish import finish_run, reported_split
     from probes.linear import EpochLines
     from probes.reference_curve import read_reference
     from probes.runs import RunFolder
+    from probes.seen import note_seen_weights
     from probes.splits import describe, prepare_splits
 
     check_recipe(recipe)
     splits = prepare_splits(recipe.data, multi_label=True)
+    earlier = note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
     planned, memory = settle_batch(recipe, len(splits.classes))
     check_start(recipe, splits)
     run = RunFolder.create(recipe, recipe_path)
     run.record_data(describe(splits))
+    seen_by_fine_tune(recipe, splits).joined(earlier).write(run)
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 

@@ -79,6 +79,14 @@ def open_split(recipe: EvaluateRecipe, classes: list[str] | None) -> tuple[Split
     return split, classes, notes
 
 
+def note_chooser(run: Path, split: Split, notes: list[str]) -> None:
+    """Note that the images are those which chose the run's weights."""
+    chosen = json.loads((run / "data.json").read_text(encoding="utf-8"))["splits"]
+    for name in ("holdout", "val"):
+        if name in chosen and chosen[name]["fingerprint"] == split.fingerprint():
+            notes.append(f"data.test is the run's {name}, which chose its weights: the score is too favourable.")
+
+
 def open_classifier(recipe: EvaluateRecipe, classes: list[str], run: Path | None) -> tuple[Classifier, str]:
     """The classifier, and what was loaded.
 
@@ -111,6 +119,7 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
     start = time.monotonic()
     from probes.plan import check_model
     from probes.runs import RunFolder
+    from probes.seen import note_seen_weights
     from probes.splits import Evaluation, describe
 
     stored = json.loads((run / "result.json").read_text(encoding="utf-8")) if run else None
@@ -119,8 +128,13 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
     if run is None and recipe.model.weights in ("pretrained", "random"):
         raise RecipeError(f"model.weights is {recipe.model.weights!r}, which has no classifier; name a checkpoint file")
     split, classes, notes = open_split(recipe, stored["classes"] if stored else None)
+    evaluation = Evaluation(classes, split, notes)
+    weights = str(run / "model.safetensors") if run else recipe.model.weights
+    note_seen_weights(weights, evaluation)
+    if run:
+        note_chooser(run, split, notes)
     folder = RunFolder.create(recipe, recipe_path)
-    folder.record_data(describe(Evaluation(classes, split, notes)))
+    folder.record_data(describe(evaluation))
     print(f"run folder: {folder.path}", *notes, sep="\nnote: ", flush=True)
 
     import torch
@@ -147,7 +161,7 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
         notes=[*notes, *([f"{skipped} unreadable image(s) were left out."] if skipped else [])],
         facts={
             "encoder": recipe.model.name,
-            "weights": f"{run / 'model.safetensors' if run else recipe.model.weights}: {loaded}",
+            "weights": f"{weights}: {loaded}",
             "answers": f"among the classes of the {recipe.data.classes_of}",
             "image size": f"{spec.vision.image_size} px",
             "duration": f"{time.monotonic() - start:.0f} s",

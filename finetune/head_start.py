@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.contrastive import ClassTexts, text_head
-from finetune.unseen import check_probe_seen
+from finetune.unseen import check_probe_seen, probe_file
 from probes.sections import RecipeError, StoredFeaturesSection
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def read_probe_facts(path: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         RecipeError: there is none.
     """
-    file = path / "head.safetensors" if path.is_dir() else path
+    file = probe_file(path)
     if not file.is_file():
         raise RecipeError(f"head.probe: no head at {file}; expected the run folder of a probe, or its head.safetensors")
     with safe_open(file, framework="pt") as stored:

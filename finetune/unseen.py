@@ -11,6 +11,7 @@ from probes.seen import Seen, read_seen
 
 if TYPE_CHECKING:
     from finetune.finished_run import FinishedRun
+    from finetune.sections import FinetuneRecipe
     from probes.splits import Splits
 
 SAME = "with the same data.train, data.holdout and data.holdout_seed"
@@ -33,7 +34,7 @@ def check_members(runs: Sequence[FinishedRun]) -> None:
             + f"\ntrain them again {SAME} (run.seed may differ), or average runs that share them"
         )
     for run in runs:
-        seen = Seen.of([run.splits.train])
+        seen = seen_by_fine_tune(run.recipe, run.splits).joined(read_seen(run.path / "last_raw.safetensors"))
         for split in (runs[0].splits.selection, runs[0].splits.test):
             count = seen.count(split) if split is not None else 0
             if split is not None and count:
@@ -41,6 +42,17 @@ def check_members(runs: Sequence[FinishedRun]) -> None:
                     f"{run.path} was trained on {count} of the {len(split)} images of {split.name} in {runs[0].path}, "
                     f"by which the weights are judged; train it again {SAME}"
                 )
+
+
+def seen_by_fine_tune(recipe: FinetuneRecipe, splits: Splits) -> Seen:
+    """The images that a fine-tune trains on, and those of the probe that its head starts from."""
+    seen = Seen.of([splits.train])
+    return seen.joined(read_seen(probe_file(Path(recipe.head.probe)))) if recipe.head.probe is not None else seen
+
+
+def probe_file(path: Path) -> Path:
+    """The head of a probe's run folder, or the file itself."""
+    return path / "head.safetensors" if path.is_dir() else path
 
 
 def _drawn(run: FinishedRun) -> str:

@@ -24,6 +24,7 @@ from probes.plan import check_recipe
 from probes.runs import RunFolder
 from probes.schedule import epoch_means
 from probes.sections import Recipe, RecipeError
+from probes.seen import note_seen_weights
 from probes.splits import prepare_splits
 from probes.trainer import find_checkpoint
 
@@ -49,6 +50,7 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
             "a bank needs images to choose a head by and there are none; set data.holdout=0.15 (of train), or give "
             "data.val"
         )
+    note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits, "the head and the epoch", recipe.run.seeds)
     check_recipe(recipe, len(splits.train))
     check_machine(recipe)

@@ -103,6 +103,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     from probes.finish import finish_run, reported_split, save_head
     from probes.plan import check_model
     from probes.runs import RunFolder
+    from probes.seen import note_seen_weights
     from probes.splits import prepare_splits
 
     asked, recipe = recipe, with_first_seed(recipe)
@@ -110,6 +111,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     splits = prepare_splits(recipe.data, multi_label=True)
     if splits.train.multi_hot is not None:
         check_repetitions(recipe)
+    note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits, "" if recipe.few_shot.shots else method.setting, recipe.run.seeds)
     check_choice(recipe, splits, method)
     repetitions = [draw_repetition(recipe, splits, *item) for item in list_repetitions(recipe)]

@@ -47,6 +47,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     from probes.plan import check_recipe
     from probes.reference_curve import read_reference
     from probes.runs import RunFolder
+    from probes.seen import note_seen_weights
     from probes.splits import prepare_splits
 
     asked, recipe = recipe, with_first_seed(recipe)
@@ -55,6 +56,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     several = splits.train.multi_hot is not None
     if several:
         check_multi_label_probe(recipe)
+    note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits, seeds=recipe.run.seeds)
     check_recipe(recipe, len(splits.train))
     from probes.fit import check_machine, fit_probe

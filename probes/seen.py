@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from probes.runs import RunFolder
-    from probes.sections import ModelSection
-    from probes.splits import Split, Splits
+    from probes.splits import Evaluation, Split, Splits
 
 FILE = "fitted_on.npz"
 """In the folder of the weights."""
@@ -80,14 +79,14 @@ def digest_images(split: Split) -> NDArray[np.uint64]:
     return np.frombuffer(bytes(found), dtype="<u8").astype(np.uint64)
 
 
-def note_seen_weights(model: ModelSection, splits: Splits) -> Seen | None:
+def note_seen_weights(weights: str, splits: Splits | Evaluation) -> Seen | None:
     """Note which images judge here that the weights, those of an earlier run, were trained on; returns all of those."""
-    seen = read_seen(Path(model.weights)) if model.weights not in ("pretrained", "random") else None
-    for split in (splits.selection, splits.test) if seen is not None else ():
-        count = seen.count(split) if seen is not None and split is not None else 0
-        if split is not None and count:
+    seen = read_seen(Path(weights)) if weights not in ("pretrained", "random") else None
+    for name, split in splits.named.items() if seen is not None else ():
+        count = seen.count(split) if seen is not None and name != "train" else 0
+        if count:
             splits.notes.append(
-                f"{model.weights} was trained on {count} of the {len(split)} images of {split.name}: what is measured "
-                "on them is too favourable."
+                f"{weights} was trained on {count} of the {len(split)} images of {name}: what is measured on them is "
+                "too favourable."
             )
     return seen

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import finetune.__main__
+import finetune.evaluate
 import probes.logistic
 from finetune.interpolate import main
 
@@ -58,6 +59,10 @@ def train(images):
 def read_table(folder: Path) -> dict[str, float]:
     rows = csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines())
     return {row["name"]: float(row["holdout"]) for row in rows}
+
+
+def read_result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +197,35 @@ def test_a_probe_of_other_weights_is_refused(probe, start, tiny_model, tmp_path)
     code, message, _ = start(head, "model.weights=random")
     assert code == 2
     assert "head.start is 'probe' with model.weights 'random'" in message
+
+
+def test_images_that_the_weights_were_trained_on_are_noted(noise, member, probe, train, tmp_path):
+    """Where a fine-tune is scored on its own images, and where its weights are another run's start."""
+    assert finetune.evaluate.main([str(member), f"data.test={noise / 'train'}", f"run.dir={tmp_path / 'own'}"]) == 0
+    own = read_result(tmp_path / "own")
+    trained = f"{member / 'model.safetensors'} was trained on 40 of the 80 images of test"
+    assert any(note.startswith(trained) for note in own["notes"])
+    assert finetune.evaluate.main([str(member), f"run.dir={tmp_path / 'test'}"]) == 0
+    assert not any("was trained on" in note for note in read_result(tmp_path / "test")["notes"])
+
+    weights = member / "last_raw.safetensors"
+    more = [f"model.weights={weights}", "features.pool=gap"]
+    seen = probe("on_fine_tuned", *more, "data.holdout_seed=1")
+    held = json.loads((seen / "data.json").read_text())["splits"]["holdout"]["count"]
+    (note,) = (note for note in read_result(seen)["notes"] if "was trained on" in note)
+    assert note.startswith(f"{weights} was trained on ")
+    assert note.endswith(f"of the {held} images of holdout: what is measured on them is too favourable.")
+    assert not any("was trained on" in note for note in read_result(probe("same_holdout", *more))["notes"])
+
+    few = ["schedule.epochs=1", "schedule.warmup_epochs=0", "data.holdout_seed=1", f"model.weights={weights}"]
+    assert train(tmp_path / "second", *few) == 0
+    assert any("images of holdout" in note for note in read_result(tmp_path / "second")["notes"])
+    assert main([str(tmp_path / "second")]) == 2, "what was trained on before counts as well"
+
+
+def test_the_images_that_chose_are_noted(noise, train, tmp_path):
+    few = ["schedule.epochs=1", "schedule.warmup_epochs=0", f"data.val={noise / 'test'}", "data.test=null"]
+    assert train(tmp_path / "run", *few) == 0
+    argv = [str(tmp_path / "run"), f"data.test={noise / 'test'}", f"run.dir={tmp_path / 'again'}"]
+    assert finetune.evaluate.main(argv) == 0
+    assert "data.test is the run's val, which chose its weights" in read_result(tmp_path / "again")["notes"][0]

@@ -252,11 +252,11 @@ def test_labels_drawn_at_random_give_chance(name, start):
 def test_shots_are_not_drawn_from_the_holdout_that_is_reported(name, start):
     result, argv = start(name, "digits", "few_shot.shots=[1,8]", "run.seeds=[1,2]")
     score = result["scores"][0]
-    assert (score["split"], score["chosen_by"], score["samples"]) == ("holdout", "holdout of the shots", 32)
-    assert result["split_sizes"] == {"train": 6 * CLASSES, "holdout of the shots": 2 * CLASSES, "holdout": 32}
+    assert (score["split"], score["chosen_by"], score["samples"]) == ("holdout", "shots_holdout", 32)
+    assert result["split_sizes"] == {"train": 6 * CLASSES, "shots_holdout": 2 * CLASSES, "holdout": 32}
     assert not any("optimistic" in note for note in result["notes"]), "it had no part in the choice"
     report = Path("run/report.html").read_text(encoding="utf-8")
-    assert "chosen by holdout of the shots; reported on the hold-out split, which had no part" in report
+    assert "chosen by shots_holdout; reported on the hold-out split, which had no part" in report
     for row in result["repeats"]:
         if row["shots"] == 1 and name == "knn":  # the nearest of one image a class: nothing is chosen
             train, held = (halves(argv, row["seed"], several=False)[part] for part in ("train", "holdout"))
