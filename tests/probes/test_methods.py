@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from probes.draws import choose_shots, whole_train, with_seed, with_shots
 from probes.feature_run import LinearScorer, Samples
 from probes.intervals import mean_interval, wilson_interval
 from probes.knn import Neighbours
-from probes.method_sections import KnnSection, RidgeSection
+from probes.method_sections import KnnSection, MethodRecipe, RidgeSection
+from probes.recipe import load_recipe
 from probes.results import Predictions
 from probes.ridge import Ridge
 from probes.sections import DataSection
-from probes.splits import prepare_splits
+from probes.splits import choose_holdout, prepare_splits
 
 COMMANDS = {"logistic": probes.logistic.main, "knn": probes.knn.main, "ridge": probes.ridge.main}
 
@@ -241,3 +243,23 @@ def test_mistakes_end_before_a_run_folder_is_made(method, capsys, tmp_path):
         assert method(override) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_other_seeds_share_a_holdout_and_repetitions_draw_their_own(method, capsys):
+    """What the default holds out is what `run.seed=0` always held out."""
+
+    def held(folder: str) -> str:
+        return json.loads(Path(folder, "data.json").read_text(encoding="utf-8"))["splits"]["holdout"]["fingerprint"]
+
+    for seed in (0, 5):
+        assert method(f"run.seed={seed}", f"run.dir=seed{seed}") == 0
+    assert method("run.seeds=[5,6]", "run.dir=repeated") == 0
+    assert method("data.holdout_seed=5", "run.dir=drawn") == 0
+    assert held("seed0") == held("seed5") != held("drawn")
+    assert held("repeated") == held("drawn"), "the reported repetition is of seed 5"
+    data = load_recipe("seed0/recipe.yaml", schema=MethodRecipe, other_sections=True).data
+    whole = prepare_splits(dataclasses.replace(data, holdout=0.0)).train
+    kept = whole.take("holdout", choose_holdout(whole.targets, whole.keys, data.holdout, 0))
+    assert held("seed0") == kept.fingerprint()
+    assert method("run.seeds=[5,6]", "data.holdout_seed=3", "run.dir=both") == 2
+    assert "data.holdout_seed is 3 with run.seeds" in capsys.readouterr().err
