@@ -105,7 +105,7 @@ def repeat_seeds(recipe: Recipe, splits: Splits, tables: Tables, first: Score) -
 
 
 def train_bank(fit: BankFit, run: RunFolder, *, encoder_sha256: str) -> None:
-    """Train what remains of the epochs; each ends with a row of `log.txt`, a printed line and, at a `Pace`, a checkpoint.
+    """Train what remains; an epoch ends with a row of `log.txt`, a printed line and, at a `Pace`, a checkpoint.
 
     Raises:
         ValueError: every head diverged, or the checkpoint of the run belongs to another bank or encoder.

@@ -1,4 +1,4 @@
-"""Every training command, stopped or killed on its way, goes on from its last checkpoint and ends as if it had not been.
+"""Every training command, stopped or killed on its way, goes on from its last checkpoint and ends as if uninterrupted.
 
 The epochs that a command trained are told by the rows that it handed to the run folder, also the repeated ones.
 """
