@@ -13,7 +13,7 @@ FREE_KEYS = {
     "data.download": "the images that are there are compared by fingerprint",
     "features.cache": "stored features are found by all that changes their content",
     "trainer.timeout_s": "how long processes wait for each other",
-    "trainer.non_finite": "acts from the step on that stopped the run, which no step before it was",
+    "trainer.non_finite": "says what happens at a step that is not finite, and the steps made stay as they are",
     "checkpoint.every_steps": "when the state is saved, not what it is",
     "checkpoint.keep": "as every_steps",
 }
