@@ -9,7 +9,7 @@ import csv
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +121,7 @@ def halves(argv: list[str], seed: int, several: bool) -> dict[str, Half]:
     """Train and hold-out of a seed, and test where there is one."""
     plain = [item for item in argv if item.startswith(("data.", "model.", "features.pool"))]
     recipe = load_recipe("recipe.yaml", [*plain, *FITTED], MethodRecipe)
-    splits = prepare_splits(recipe.data, seed, multi_label=True)
+    splits = prepare_splits(replace(recipe.data, holdout_seed=seed), multi_label=True)
     found = load_tables(recipe, splits)
 
     def half(name: str) -> Half:
