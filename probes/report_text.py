@@ -17,6 +17,7 @@ METHODS = {
     "linear": "A linear classifier was trained on the features of {encoder}, which itself stayed unchanged",
     "logistic": "Logistic regression was fitted on the features of {encoder}, which itself stayed unchanged",
     "ridge": "Ridge regression was solved on the features of {encoder}, which itself stayed unchanged",
+    "ncm": "Every image was given the class of the nearest mean in the features of {encoder}",
     "knn": "Every image was classified by its nearest neighbours in the features of {encoder}",
     "zeroshot": "Every image was compared with the class names by {encoder}, without any training",
     "finetune": "{encoder} and a classifier on top of it were trained together",
