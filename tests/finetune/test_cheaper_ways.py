@@ -24,6 +24,7 @@ def tune(png_digits, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         common = ["data.workers=0", "trainer.global_batch=8", "trainer.precision=fp32", "schedule.epochs=1"]
         common += ["schedule.warmup_epochs=0", "augment.policy=null", f"run.dir={tmp_path / name}"]
+        common += ["optimizer.lr=1e-3", "optimizer.layer_decay=0.75"]
         assert main([RECIPE, f"data.train={png_digits.train}", "model.name=EVA01-CLIP-nano", *common, *overrides]) == 0
         return tmp_path / name
 

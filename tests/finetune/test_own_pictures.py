@@ -17,7 +17,8 @@ from finetune.__main__ import main
 
 REPO = Path(__file__).resolve().parents[2]
 SETTINGS = [
-    "data.workers=0", "regularisation.drop_path=0.0", "optimizer.lr=1e-3", "optimizer.layer_decay=0.75",
+    "model.name=EVA01-CLIP-nano", "data.workers=0",
+    "regularisation.drop_path=0.0", "optimizer.lr=1e-3", "optimizer.layer_decay=0.75",
     "trainer.precision=fp32", "ema.decay=null", "augment.policy=null", "augment.scale=0.6", "augment.flip=0.0",
     "schedule.warmup_epochs=1", "trainer.micro_batch=16", "trainer.global_batch=16",
 ]  # fmt: skip
