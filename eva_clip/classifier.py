@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,22 @@ class Classifier(nn.Module):
         return pool_tokens(self.tower, tokens, self.pool)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images [B, 3, H, W] to logits [B, num_classes]."""
-        logits: torch.Tensor = self.head(self.forward_features(images))
+        """Normalised images [B, 3, H, W] to logits [B, num_classes] in the dtype of the head's weights, fp32 as built.
+
+        Under autocast too: the tower may compute in bf16, but logits of bf16 lie so far apart that many tie.
+        """
+        features = self.forward_features(images)
+        with without_autocast(features.device):
+            logits: torch.Tensor = self.head(features.to(next(self.head.parameters()).dtype))
         return logits
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Context in which an autocast around it has no effect."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def build_class_head(kind: str, feature_dim: int, num_classes: int) -> nn.Module:

@@ -32,6 +32,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     from finetune.unseen import seen_by_fine_tune
     from probes.finish import finish_run, reported_split
     from probes.linear import EpochLines
+    from probes.precision import settle_precision
     from probes.reference_curve import read_reference
     from probes.runs import RunFolder
     from probes.seen import note_seen_weights
@@ -42,6 +43,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     earlier = note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
+    recipe, precision = settle_precision(recipe)
     planned, memory = settle_batch(recipe, len(splits.classes))
     check_start(recipe, splits)
     run = RunFolder.create(recipe, recipe_path)
@@ -68,6 +70,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
         merge_lora(model)
     export(run, model)
     result.facts["weights of model.safetensors"] = weights
+    result.facts["precision"] = precision
     result.facts["peak memory"] = describe_peak(memory.total)
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())

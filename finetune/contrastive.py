@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from eva_clip.classifier import without_autocast
+
 if TYPE_CHECKING:
     from eva_clip.classifier import Classifier
     from eva_clip.models import EvaCLIP
@@ -87,8 +89,9 @@ def contrastive_loss(
     """
     present, of_image = torch.unique(target, return_inverse=True)  # [K], [B]
     embeddings = texts.embed(present)
-    images = F.normalize(texts.projection(features).float(), dim=1)
-    by_class = texts.scale() * images @ embeddings.T  # [B, K]
+    with without_autocast(features.device):  # similarities times a scale of 100 are too coarse in half precision
+        images = F.normalize(texts.projection(features.float()), dim=1)
+        by_class = texts.scale() * images @ embeddings.T  # [B, K]
     pairs = by_class[:, of_image]  # [B, B]: image i with the prompt of image j
     label = torch.arange(len(target), device=target.device)
     loss = (F.cross_entropy(pairs, label) + F.cross_entropy(pairs.T, label)) / 2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.compute_cost import EFFICIENCY, forward_equivalents, measure_tflops, predict_hours
 from finetune.sections import FinetuneRecipe
 from probes.plan import describe_pos_embed, measure_data, steps_per_epoch
+from probes.precision import settle_precision
 from probes.schedule import epoch_means, warmup_cosine
 from probes.sections import RecipeError
 
@@ -190,6 +191,7 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
     import torch
 
     check_recipe(recipe)
+    recipe, precision = settle_precision(recipe, planned=True)
     from finetune.build import build_untrained
     from finetune.layer_decay import build_param_groups, describe_groups
 
@@ -219,6 +221,7 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
         "min_lr_by_epoch": epoch_means(rates * lowest, schedule.epochs),
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "precision": precision,
         "image_size": model.spec.vision.image_size,
         "pos_embed": describe_pos_embed(recipe.model),
         "train_size": size.train,

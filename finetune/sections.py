@@ -153,8 +153,9 @@ class TrainerSection(Section):
     """Number of devices (processes) on each node."""
     nodes: int = setting(1, low=1)
     """Number of machines."""
-    precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
-    """Precision of the forward and backward pass; weights, optimizer, loss and norms are fp32."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    """Precision of the forward and backward pass; weights, optimizer, norms, head and loss are fp32. "auto": bf16 where
+    the device multiplies it natively (GPUs of compute capability 8, processors with AVX512-BF16 or AMX), else fp32."""
     strategy: str = setting("auto", choices=("auto", "ddp", "fsdp2"))
     """"auto" is "ddp" with several devices; "fsdp2" spreads weights, gradients, moments and average over them."""
     timeout_s: float = setting(1800.0, low=1.0)

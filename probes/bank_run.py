@@ -21,6 +21,7 @@ from probes.finish import finish_run, reported_split, save_head
 from probes.fit import Fitted, build_data, check_machine
 from probes.module import LinearProbe
 from probes.plan import check_recipe
+from probes.precision import settle_precision
 from probes.runs import RunFolder
 from probes.schedule import epoch_means
 from probes.sections import Recipe, RecipeError
@@ -42,7 +43,8 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
         ValueError: every head diverged.
     """
     start = time.monotonic()
-    asked, recipe = recipe, with_first_seed(recipe)
+    asked, precision = settle_precision(recipe)
+    recipe = with_first_seed(asked)
     check_recipe(recipe)
     splits = prepare_splits(recipe.data)
     if splits.selection is None:
@@ -74,6 +76,7 @@ def execute_bank(recipe: Recipe, recipe_path: str) -> None:
     baselines, left_out = compute_baselines(chosen, splits, fitted, reported)
     result.baselines.extend(baselines)
     result.notes.extend(left_out)
+    result.facts["precision"] = precision
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
     finish_run(run, recipe, result, predictions, reported)
 

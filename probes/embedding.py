@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 
 def build_towers(model: ModelSection, precision: str) -> EvaCLIP:
-    """Both towers of a recipe, on the GPU where there is one."""
+    """Both towers of a recipe in a settled precision, on the GPU where there is one; the logit scale stays fp32."""
     if model.config:
         add_model_config(model.config)
     towers, report = build_model(model.name, model.weights, image_size=model.image_size, pos_embed=model.pos_embed)
     print(f"{model.name}: {report.summary() if report else 'randomly initialised'}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return towers.to(device, DTYPES[precision])
+    scale = towers.logit_scale.detach().clone()
+    towers.to(device, DTYPES[precision])
+    towers.logit_scale.data = scale.to(device)  # rounded to bf16 it would be off by 1 %
+    return towers
 
 
 @torch.no_grad()

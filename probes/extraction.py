@@ -20,6 +20,7 @@ from eva_clip.feature_kinds import kind_width
 from eva_clip.transforms import LinearProbeTransform, build_eval_transform
 from probes.data import SplitDataset
 from probes.encoder_identity import EncoderSource
+from probes.precision import precision_section
 from probes.sections import RecipeError
 from probes.source_contract import some
 from probes.splits import Split
@@ -46,7 +47,7 @@ def load_tables(
 
     Args:
         recipe: any recipe with the sections `run`, `model`, `features`, `data`, and `trainer` or `compute` for the
-            precision.
+            precision, which is settled (`settle_precision`).
         splits: its data.
         encoder: one that is built already; None builds the recipe's when it is needed.
         weights: replaces the recipe's encoder weights.
@@ -79,7 +80,7 @@ class TableReader:
         model = dataclasses.replace(recipe.model, weights=weights or recipe.model.weights)
         self.source = EncoderSource(
             model,
-            recipe_precision(recipe),
+            getattr(recipe, precision_section(recipe)).precision,
             self.definition,
             cache=self.cache,
             seed=recipe.run.seed,
@@ -172,12 +173,6 @@ class TableReader:
                 f"{entry.folder}: {some(table.skipped)}; replace or remove them, or leave unreadable images out with "
                 "data.on_corrupt=skip"
             )
-
-
-def recipe_precision(recipe: Any) -> str:
-    """The encoder's precision: `trainer.precision`, or `compute.precision` in recipes that have no trainer."""
-    section = getattr(recipe, "trainer", None) or recipe.compute
-    return str(section.precision)
 
 
 def extraction_device() -> torch.device:

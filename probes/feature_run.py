@@ -102,6 +102,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     start = time.monotonic()
     from probes.finish import finish_run, reported_split, save_head
     from probes.plan import check_model
+    from probes.precision import settle_precision
     from probes.runs import RunFolder
     from probes.seen import note_seen_weights
     from probes.splits import prepare_splits
@@ -114,13 +115,15 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits, "" if recipe.few_shot.shots else method.setting, recipe.run.seeds)
     check_choice(recipe, splits, method)
+    asked, precision = settle_precision(asked)
+    recipe = with_first_seed(asked)
     repetitions = [draw_repetition(recipe, splits, *item) for item in list_repetitions(recipe)]
     run = RunFolder.create(asked, recipe_path)
     run.record_data(describe_draws(splits, repetitions))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     if splits.train.multi_hot is not None:
-        execute_multi_label(recipe, recipe_path, method, splits, reported, run)
+        execute_multi_label(recipe, recipe_path, method, splits, reported, run, precision)
         return
     from probes.extraction import load_tables
 
@@ -147,6 +150,7 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
             "features": f"{recipe.features.pool}, {facts.feature_dim}-d, evaluation view",
             "image size": f"{facts.image_size} px",
             "chosen": first.score.setting,
+            "precision": precision,
             "duration": f"{time.monotonic() - start:.0f} s",
         },
     )

@@ -51,6 +51,10 @@ def extract(arguments: argparse.Namespace) -> int:
 
         data = recipe.data
         splits = prepare_splits(data, multi_label=True) if data.train else open_evaluation_split(data)
+        from probes.precision import settle_precision
+
+        recipe, said = settle_precision(recipe)
+        print(f"precision: {said}")
         from probes.extraction import load_tables
 
         for name, table in load_tables(recipe, splits, views=recipe.features.views).items():

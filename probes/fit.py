@@ -219,7 +219,7 @@ def check_machine(recipe: Recipe) -> None:
     """Find what a recipe asks of the machine in vain.
 
     Raises:
-        RecipeError: fp16 or synchronised BatchNorm without a GPU; more devices than there are GPUs.
+        RecipeError: synchronised BatchNorm without a GPU; more devices than there are GPUs.
     """
     found = torch.cuda.device_count()
     if 0 < found < recipe.trainer.devices:
@@ -228,5 +228,3 @@ def check_machine(recipe: Recipe) -> None:
         raise RecipeError(
             "trainer.sync_batch_norm is true and there is no GPU, on which alone torch has it; set it false"
         )
-    if recipe.trainer.precision == "fp16" and not torch.cuda.is_available():
-        raise RecipeError("trainer.precision is fp16 and there is no GPU; use trainer.precision=bf16 (or fp32)")

@@ -48,6 +48,7 @@ def build_zero_shot_weights(model: EvaCLIP, class_names: Sequence[str], template
     rows = []
     for name in class_names:
         tokens = tokenize([template.format(name) for template in templates], model.spec.text.context_length)
-        prompts = model.encode_text(tokens.to(model.logit_scale.device), normalize=True).float()
+        prompts = model.encode_text(tokens.to(model.logit_scale.device)).float()
+        prompts = nn.functional.normalize(prompts, dim=-1)
         rows.append(nn.functional.normalize(prompts.mean(dim=0), dim=0))
     return torch.stack(rows)

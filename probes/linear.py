@@ -45,20 +45,22 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     from probes.multi_label_finish import finish_multi_label
     from probes.multi_label_probe import check_multi_label_probe, collect_precisions
     from probes.plan import check_recipe
+    from probes.precision import settle_precision
     from probes.reference_curve import read_reference
     from probes.runs import RunFolder
     from probes.seen import note_seen_weights
     from probes.splits import prepare_splits
 
-    asked, recipe = recipe, with_first_seed(recipe)
     check_recipe(recipe)
-    splits = prepare_splits(recipe.data, multi_label=True)
+    splits = prepare_splits(with_first_seed(recipe).data, multi_label=True)
     several = splits.train.multi_hot is not None
     if several:
         check_multi_label_probe(recipe)
     note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits, seeds=recipe.run.seeds)
     check_recipe(recipe, len(splits.train))
+    asked, precision = settle_precision(recipe)
+    recipe = with_first_seed(asked)
     from probes.fit import check_machine, fit_probe
 
     check_machine(recipe)
@@ -77,6 +79,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     save_head(run, recipe, fitted.encoder, recipe.head.kind, module.head.state_dict(), splits.classes, [splits.train])
     samples = len(scored[1])
     result = summarise(recipe, Path(recipe_path), splits, fitted, reported, samples)
+    result.facts["precision"] = precision
     if several:
         result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
         precisions = collect_precisions(module, samples, reported.name)

@@ -12,6 +12,7 @@ from pytorch_lightning import LightningModule
 from torch import nn
 from torch.nn import functional as F
 
+from eva_clip.classifier import without_autocast
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.optim import build_optimizer
@@ -78,13 +79,14 @@ class LinearProbe(LightningModule):
         return next((name for name in self.evaluation_names if name != "test"), None)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, classes]. Features enter the head in float32, whatever the encoder computes in."""
+        """Logits float32 [B, classes]. The head computes in fp32, whatever the encoder does."""
         if "features" in batch:
             features = batch["features"]
         else:
             assert self.encoder is not None
             features = self.encoder(batch["image"])
-        logits: torch.Tensor = self.head(features.float())
+        with without_autocast(features.device):  # Lightning's, of fp16
+            logits: torch.Tensor = self.head(features.float())
         return logits
 
     def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor | None:

@@ -35,7 +35,13 @@ def check_repetitions(recipe: MethodRecipe) -> None:
 
 
 def execute_multi_label(
-    recipe: MethodRecipe, recipe_path: str, method: Method, splits: Splits, reported: Split, run: RunFolder
+    recipe: MethodRecipe,
+    recipe_path: str,
+    method: Method,
+    splits: Splits,
+    reported: Split,
+    run: RunFolder,
+    precision: str,
 ) -> None:
     """Choose by mean average precision on the selection split, fit again, score once.
 
@@ -46,6 +52,7 @@ def execute_multi_label(
         splits: data with `multi_hot`.
         reported: the split that is scored.
         run: where to.
+        precision: that features are computed in, as the result words it.
     """
     start = time.monotonic()
     from probes.extraction import load_tables
@@ -87,6 +94,7 @@ def execute_multi_label(
             "encoder": recipe.model.name,
             "weights": encoder.loaded,
             "encoder sha256": encoder.sha256,
+            "precision": precision,
             "duration": f"{time.monotonic() - start:.0f} s",
         },
     )

@@ -95,6 +95,9 @@ def plan_linear(recipe: Recipe) -> dict[str, Any]:
     check_recipe(recipe)
     from probes.encoder import build_recipe_encoder
     from probes.heads import build_head
+    from probes.precision import settle_precision
+
+    recipe, precision = settle_precision(recipe, planned=True)
 
     size = measure_data(recipe.data)
     trainer, schedule = recipe.trainer, recipe.schedule
@@ -119,6 +122,7 @@ def plan_linear(recipe: Recipe) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "total_parameters": trainable + sum(p.numel() for p in encoder.parameters()),
         "feature_dim": encoder.feature_dim,
+        "precision": precision,
         "image_size": encoder.spec.vision.image_size,
         "pos_embed": describe_pos_embed(recipe.model),
         "train_size": size.train,

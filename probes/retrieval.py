@@ -39,8 +39,10 @@ def execute(recipe: RetrievalRecipe, recipe_path: str, towers: EvaCLIP | None = 
 
 
 def _run(recipe: RetrievalRecipe, recipe_path: str, captioned: CaptionedSplit, towers: EvaCLIP | None) -> None:
+    from probes.precision import settle_precision
     from probes.runs import RunFolder
 
+    recipe, precision = settle_precision(recipe)
     run = RunFolder.create(recipe, recipe_path)
     run.record_data(captioned.describe())
     print(f"run folder: {run.path}", flush=True)
@@ -63,7 +65,7 @@ def _run(recipe: RetrievalRecipe, recipe_path: str, captioned: CaptionedSplit, t
         "image to text": rank_first_match(images, index, texts, owner),
     }
     recalls = {way: recall_of_ranks(found) for way, found in ranks.items()}
-    _report(run, recipe, recalls, captioned, len(images), len(texts))
+    _report(run, recipe, recalls, captioned, len(images), len(texts), precision)
 
 
 def _report(
@@ -73,6 +75,7 @@ def _report(
     captioned: CaptionedSplit,
     images: int,
     texts: int,
+    precision: str,
 ) -> None:
     """Write `result.json` and print the table."""
     measured = {f"{way.replace(' ', '_')}_r{k}": value for way, found in recalls.items() for k, value in found.items()}
@@ -84,6 +87,7 @@ def _report(
             "images": images,
             "texts": texts,
             "skipped": skipped,
+            "precision": precision,
             "measured": measured,
             "expectations": [{**vars(item), "verdict": item.verdict} for item in expectations],
         },

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from probes.launch import is_first_process
+from probes.precision import precision_section, processor_name
 from probes.recipe import dump_recipe, load_run_recipe
 from probes.resume import changed_keys, describe_changes
 from probes.sections import RecipeError, RunSection
@@ -135,7 +136,7 @@ class RunFolder:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions, platform, processor count, command line and, in a checkout, the commit."""
+    """Versions, platform, processor and count, command line and, in a checkout, the commit."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -147,6 +148,7 @@ def describe_environment() -> dict[str, str]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor_name(),
         "processors": str(os.cpu_count()),
         "commit": _commit(),
         **versions,
@@ -194,7 +196,12 @@ def _has_trained(path: Path) -> bool:
 def _check_resumable(path: Path, recipe: Any) -> None:
     if (path / "result.json").is_file():
         raise RecipeError(f"the run in {path} is finished; there is nothing to resume")
-    differing = changed_keys(load_run_recipe(path / "recipe.yaml", type(recipe)), recipe)
+    stored = load_run_recipe(path / "recipe.yaml", type(recipe))
+    differing = changed_keys(stored, recipe)
     if differing:
         hint = "" if _has_trained(path) else "; it never finished an epoch, so run.on_existing=overwrite loses nothing"
+        name = precision_section(recipe)
+        if f"{name}.precision" in differing:  # "auto" is another one on another machine
+            started = getattr(stored, name).precision
+            hint += f"; {name}.precision={started}, which it was started in, continues it here if nothing else differs"
         raise RecipeError(f"the run in {path} was started with other values of {', '.join(differing)}{hint}")

@@ -201,8 +201,9 @@ class TrainerSection(Section):
     """Images of one forward pass on one device, and of one group of BatchNorm statistics (published: 400)."""
     devices: int = setting(1, low=1)
     """Number of devices (processes)."""
-    precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
-    """Precision of the encoder; loss, BatchNorm statistics and the head's weights are fp32."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    """Precision of the encoder; loss, BatchNorm statistics and the head are fp32. "auto": bf16 where the device
+    multiplies it natively (GPUs of compute capability 8, processors with AVX512-BF16 or AMX), else fp32."""
     sync_batch_norm: bool = False
     """BatchNorm statistics over all devices' micro-batches (GPUs only); else each device has its own (published)."""
     strategy: str = "auto"

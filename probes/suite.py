@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from eva_clip.flops import vision_gflop
 from eva_clip.specs import get_model_spec
 from probes.cli import run_command
+from probes.precision import settle_precision
 from probes.recipe import dump_recipe
 from probes.runs import RunFolder, describe_environment
 from probes.sections import RecipeError
@@ -43,7 +44,7 @@ class TowersHolder:
         self._error: Exception | None = None
 
     def get(self, recipe: EvaluationRecipe) -> EvaCLIP:
-        """Towers as a recipe asks for them; a model that could not be built fails again at once."""
+        """Towers as a recipe of a settled precision asks for them; a model that could not be built fails again at once."""
         from probes.embedding import build_towers
 
         key = (astuple(recipe.model), recipe.compute.precision)
@@ -91,6 +92,8 @@ def execute(recipe: SuiteRecipe, recipe_path: str) -> None:
     folder = _open_folder(recipe, recipe_path)
     print(f"suite folder: {folder.path}", flush=True)
     presence = [check_presence(entry) for entry in entries]
+    for entry in (entry for entry, found in zip(entries, presence, strict=True) if found.state == "present"):
+        settle_precision(entry.load())  # what this machine does not compute is said before hours of work
     outcomes, holder = [], TowersHolder()
     for model in recipe.suite.models:
         for entry, found in zip(entries, presence, strict=True):
@@ -129,15 +132,16 @@ def _evaluate(
         changes.append(f"model.weights={suite.suite.weights[model]}")
     try:
         recipe = entry.load(*changes)
+        settled, _ = settle_precision(recipe)
         result = target / "result.json"
         kept = result.is_file()
         if kept:
-            _check_unchanged(target, recipe)
+            _check_unchanged(target, settled)
         else:
             if target.exists():  # cut short: an evaluation starts again from its beginning
                 shutil.rmtree(target)
             print(f"\n{model} on {entry.name}, {found.images} images", flush=True)
-            entry.method.execute(recipe, str(entry.file), towers=holder.get(recipe))
+            entry.method.execute(recipe, str(entry.file), towers=holder.get(settled))
         return Outcome(entry, model, "measured", read_measured(result), kept=kept)
     except (ValueError, OSError) as error:
         return Outcome(entry, model, "failed", message=str(error))

@@ -44,7 +44,7 @@ class SuiteComputeSection(Section):
 
     batch: int | None = setting(None, low=1)
     """Images, or texts, of one forward pass."""
-    precision: str | None = setting(None, choices=("fp32", "bf16", "fp16"))
+    precision: str | None = setting(None, choices=("auto", "fp32", "bf16", "fp16"))
     """Precision of both towers."""
     workers: int | None = setting(None, low=0)
     """Processes that decode images (`data.workers`)."""

@@ -49,9 +49,11 @@ def _run(
     recipe: ZeroShotRecipe, recipe_path: str, splits: Evaluation, prompts: Prompts, towers: EvaCLIP | None
 ) -> None:
     start = time.monotonic()
+    from probes.precision import settle_precision
     from probes.runs import RunFolder
     from probes.splits import describe
 
+    recipe, precision = settle_precision(recipe)
     run = RunFolder.create(recipe, recipe_path)
     run.record_data(describe(splits))
     run.write_json("prompts.json", vars(prompts))
@@ -72,6 +74,7 @@ def _run(
         "encoder": recipe.model.name,
         "prompts": _shorten(prompts.templates),
         "texts from": prompts.source,
+        "precision": precision,
         "duration": f"{time.monotonic() - start:.0f} s",
     }
     finish = _finish_multi_label if recipe.scoring.kind == "multi_label" else _finish_single_label

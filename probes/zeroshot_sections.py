@@ -37,8 +37,9 @@ class ComputeSection(Section):
 
     batch: int = setting(64, low=1)
     """Images, or texts, of one forward pass."""
-    precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
-    """Precision of both towers; embeddings are compared in fp32."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    """Precision of the towers; embeddings are compared, and heads computed, in fp32. "auto": bf16 where the device
+    multiplies it natively (GPUs of compute capability 8, processors with AVX512-BF16 or AMX), else fp32."""
 
 
 @dataclass
