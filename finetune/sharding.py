@@ -39,15 +39,20 @@ def build_strategy(section: TrainerSection) -> str | Strategy:
 def shard(model: Classifier, mesh: DeviceMesh, precision: str) -> None:
     """Shard a classifier in place, block by block, over the processes of a one-dimensional mesh.
 
-    Weights stay fp32; with precision "bf16" they are gathered, and their gradients computed, in bf16 and reduced in
-    fp32. Everything is resharded after its forward pass, the root too: evaluation would otherwise go on with weights
-    gathered before an average was swapped in.
+    Weights stay fp32. With precision "bf16" the matrices of blocks are gathered, and their gradients computed, in bf16
+    and reduced in fp32: what autocast makes of them on one process. All else (embeddings, norms, head) is gathered in
+    fp32, so that the residual stream, norms and logits are fp32 as they are there. Everything is resharded after its
+    forward pass, the root too: evaluation would otherwise go on with weights gathered before an average was swapped in.
     """
-    policy = MixedPrecisionPolicy()
+    whole, half = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in [*model.tower.blocks, model]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in model.tower.blocks.modules():
+            if isinstance(part, torch.nn.LayerNorm) and any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=whole)
+    for block in model.tower.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=half)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=whole)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
