@@ -61,7 +61,8 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     weights = load_reported(run, fitted)
     model = fitted.module.model
     device = next(model.parameters()).device
-    scored = predict_logits(model, fitted.data.loader(reported.name), device, "image")
+    loader = fitted.data.loader(reported.name)
+    scored = predict_logits(model, loader, device, "image", recipe.trainer.precision)
     samples = len(scored[1])
     result = summarise(recipe, recipe_path, splits, fitted, reported, samples)
     if recipe.tune.what == "lora":

@@ -3,6 +3,8 @@
 RUN is a finished fine-tune: its exported model and its classes are taken, and any key of its recipe can be changed
 (`data.test=…`). RECIPE is a YAML file whose `model.weights` names a checkpoint with a head; its classes are those of
 `data.test`, sorted.
+
+The encoder computes in `compute.precision`; that of a RUN is what it was trained in unless it is given.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.sections import EvaluateDataSection, ExpectedSection, HeadSection
+from finetune.sections import EvaluateDataSection, ExpectedSection, FinetuneRecipe, HeadSection
 from probes.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from probes.recipe import load_recipe
 from probes.results import RunResult
@@ -118,6 +120,7 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
     """One evaluation, up to its report."""
     start = time.monotonic()
     from probes.plan import check_model
+    from probes.precision import settle_precision
     from probes.runs import RunFolder
     from probes.seen import note_seen_weights
     from probes.splits import Evaluation, describe
@@ -133,6 +136,7 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
     note_seen_weights(weights, evaluation)
     if run:
         note_chooser(run, split, notes)
+    recipe, precision = settle_precision(recipe)
     folder = RunFolder.create(recipe, recipe_path)
     folder.record_data(describe(evaluation))
     print(f"run folder: {folder.path}", *notes, sep="\nnote: ", flush=True)
@@ -150,7 +154,8 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
     dataset = SplitDataset(split, view, recipe.run.seed, data.on_corrupt)
     batch = recipe.compute.batch
     loader: Any = SplitLoader(dataset, batch_size=batch, num_workers=data.workers, collate_fn=collate)
-    logits, index = predict_logits(model, loader, next(model.parameters()).device, "image")
+    device = next(model.parameters()).device
+    logits, index = predict_logits(model, loader, device, "image", recipe.compute.precision)
     skipped = len(split) - len(index)
     result = RunResult(
         title=f"{Path(recipe_path).resolve().parent.name}/{Path(recipe_path).stem}",
@@ -164,6 +169,7 @@ def execute(recipe: EvaluateRecipe, recipe_path: str, run: Path | None) -> None:
             "weights": f"{weights}: {loaded}",
             "answers": f"among the classes of the {recipe.data.classes_of}",
             "image size": f"{spec.vision.image_size} px",
+            "precision": precision,
             "duration": f"{time.monotonic() - start:.0f} s",
         },
     )
@@ -207,9 +213,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = target if target.is_dir() else None
         if run and not all((run / name).is_file() for name in ("recipe.yaml", "result.json", "model.safetensors")):
             raise RecipeError(f"{run} holds no finished fine-tune; expected the run folder of python -m finetune")
-        # A run's own folder and expectations are those of its training.
-        first = ["run.dir=null", "run.on_existing=error", "expected=null"] if run else []
-        path = target / "recipe.yaml" if run else target
+        path, first = target, []
+        if run:  # its own folder and expectations are those of its training; its precision is taken
+            path = target / "recipe.yaml"
+            trained = load_recipe(path, schema=FinetuneRecipe).trainer.precision
+            first = ["run.dir=null", "run.on_existing=error", "expected=null", f"compute.precision={trained}"]
         recipe = load_recipe(path, [*first, *arguments.overrides], EvaluateRecipe, other_sections=True)
         execute(recipe, str(path), run)
     except (ValueError, OSError) as error:

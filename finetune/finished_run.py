@@ -63,6 +63,8 @@ class FinishedRun:
     def score(self, model: Classifier, split: Split) -> dict[str, float]:
         """`acc1`, `acc5` (percent) and `loss` of a model on a split of this run's, each image once.
 
+        In the run's precision, as its own epochs were scored, or in fp32 where this machine computes that slowly.
+
         Raises:
             ValueError: logits are not finite.
         """
@@ -72,6 +74,7 @@ class FinishedRun:
         from probes.data import SplitDataset, SplitLoader, collate
         from probes.finite import check_scores
         from probes.metrics import SplitMeter
+        from probes.precision import mixed_precision, usable_precision
 
         spec, data = model.spec, self.recipe.data
         view = build_eval_transform(spec.vision.image_size, spec.image_mean, spec.image_std)
@@ -79,7 +82,7 @@ class FinishedRun:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         meter, model = SplitMeter(model.num_classes).to(device), model.to(device)
         loader: Any = SplitLoader(dataset, batch_size=64, num_workers=data.workers, collate_fn=collate)
-        with torch.no_grad():
+        with torch.no_grad(), mixed_precision(usable_precision(self.recipe.trainer.precision), device):
             for batch in loader:
                 if len(batch["target"]):
                     logits = model(batch["image"].to(device))

@@ -79,9 +79,8 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     save_head(run, recipe, fitted.encoder, recipe.head.kind, module.head.state_dict(), splits.classes, [splits.train])
     samples = len(scored[1])
     result = summarise(recipe, Path(recipe_path), splits, fitted, reported, samples)
-    result.facts["precision"] = precision
     if several:
-        result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
+        result.facts.update(precision=precision, duration=f"{time.monotonic() - start:.0f} s")
         precisions = collect_precisions(module, samples, reported.name)
         finish_multi_label(run, recipe, result, precisions, label_scores(*scored, reported))
         return
@@ -91,7 +90,7 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     result.notes.extend(left_out)
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())
-    result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
+    result.facts.update(precision=precision, duration=f"{time.monotonic() - start:.0f} s")
     finish_run(
         run, recipe, result, predict(*scored, reported), reported, reference_log=reference.rows if reference else None
     )

@@ -35,24 +35,17 @@ def check_repetitions(recipe: MethodRecipe) -> None:
 
 
 def execute_multi_label(
-    recipe: MethodRecipe,
-    recipe_path: str,
-    method: Method,
-    splits: Splits,
-    reported: Split,
-    run: RunFolder,
-    precision: str,
+    recipe: MethodRecipe, recipe_path: str, method: Method, splits: Splits, reported: Split, run: RunFolder, said: str
 ) -> None:
     """Choose by mean average precision on the selection split, fit again, score once.
 
     Args:
-        recipe: the recipe.
         recipe_path: names the run.
         method: a method that takes targets float [N, C].
         splits: data with `multi_hot`.
         reported: the split that is scored.
         run: where to.
-        precision: that features are computed in, as the result words it.
+        said: what `settle_precision` says of the precision.
     """
     start = time.monotonic()
     from probes.extraction import load_tables
@@ -94,7 +87,7 @@ def execute_multi_label(
             "encoder": recipe.model.name,
             "weights": encoder.loaded,
             "encoder sha256": encoder.sha256,
-            "precision": precision,
+            "precision": said,
             "duration": f"{time.monotonic() - start:.0f} s",
         },
     )

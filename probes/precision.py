@@ -46,7 +46,7 @@ def find_device() -> Device:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # compute capability 8 and above
         return Device("cuda", torch.cuda.get_device_name(), native)
-    backend = torch.backends.mkldnn.is_available()
+    backend = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     if platform.machine().lower() in ("x86_64", "amd64"):  # there oneDNN may be held back (ONEDNN_MAX_CPU_ISA)
         backend = backend and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return Device("cpu", processor_name(), has_bf16_instructions(cpu_flags()) and backend)

@@ -11,6 +11,7 @@ import torch
 
 from probes.finite import best_row, check_scores
 from probes.multi_label import LabelScores
+from probes.precision import mixed_precision
 from probes.results import Predictions, Score
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def predict_logits(
-    model: torch.nn.Module, batches: Iterable[dict[str, Any]], device: torch.device, entry: str | None = None
+    model: torch.nn.Module,
+    batches: Iterable[dict[str, Any]],
+    device: torch.device,
+    entry: str | None = None,
+    precision: str = "fp32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits float32 [N, C] of every readable sample, each once, and their positions in the split, int64 [N].
 
@@ -29,14 +34,16 @@ def predict_logits(
         batches: of one split.
         device: where the model is.
         entry: what of a batch the model takes, such as "image"; None gives it the batch.
+        precision: that fp32 weights compute in, as they do in training.
     """
     model.eval()
     rows, index = [], []
-    for batch in batches:
-        if len(batch["target"]):
-            moved: dict[str, torch.Tensor] = {k: batch[k].to(device) for k in ("features", "image") if k in batch}
-            rows.append(model(moved if entry is None else moved[entry]).float().cpu())
-            index.append(batch["index"])
+    with mixed_precision(precision, device):
+        for batch in batches:
+            if len(batch["target"]):
+                moved: dict[str, torch.Tensor] = {k: batch[k].to(device) for k in ("features", "image") if k in batch}
+                rows.append(model(moved if entry is None else moved[entry]).float().cpu())
+                index.append(batch["index"])
     return torch.cat(rows), torch.cat(index)
 
 

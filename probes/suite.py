@@ -44,7 +44,7 @@ class TowersHolder:
         self._error: Exception | None = None
 
     def get(self, recipe: EvaluationRecipe) -> EvaCLIP:
-        """Towers as a recipe of a settled precision asks for them; a model that could not be built fails again at once."""
+        """Towers as a settled recipe asks for them; a model that could not be built fails again at once."""
         from probes.embedding import build_towers
 
         key = (astuple(recipe.model), recipe.compute.precision)

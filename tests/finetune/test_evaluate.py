@@ -116,3 +116,24 @@ def test_answers_are_among_the_classes_of_the_run_or_of_test(finished, png_digit
     if kind == "test":
         loss = torch.nn.functional.cross_entropy(logits[:, columns], torch.tensor([columns.index(t) for t in true]))
         assert score["loss"] == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_the_encoder_computes_in_the_given_precision_and_in_the_runs_own_without_one(finished, tmp_path, monkeypatch):
+    import timm.layers.mlp
+    import torch
+
+    inside: set[torch.dtype] = set()
+    forward = timm.layers.mlp.Mlp.forward
+    monkeypatch.setattr(
+        timm.layers.mlp.Mlp, "forward", lambda self, x: (inside.add(self.fc1(x).dtype), forward(self, x))[1]
+    )
+    losses = {}
+    for precision, asked in (("fp32", []), ("bf16", ["compute.precision=bf16"])):  # the run was trained in fp32
+        inside.clear()
+        assert main([str(finished), *asked, f"run.dir={tmp_path / precision}"]) == 0
+        assert inside == {torch.float32 if precision == "fp32" else torch.bfloat16}
+        result = read_result(tmp_path / precision)
+        assert result["facts"]["precision"].startswith(f"{precision} (as asked; ")
+        losses[precision] = result["scores"][0]["loss"]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)

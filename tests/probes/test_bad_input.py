@@ -102,7 +102,7 @@ def test_half_precision_without_a_gpu(fail, digits):
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    expect(fail(f"data.train={digits.train}", "trainer.precision=fp16"), "no GPU", "trainer.precision=bf16")
+    expect(fail(f"data.train={digits.train}", "trainer.precision=fp16"), "no GPU", "trainer.precision=auto")
 
 
 def test_weights_of_another_model(fail, digits, tmp_path):
