@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from probes.certificate import certified_excess, settle_biases
 from probes.regression_losses import Loss
 
 BLOCK_BYTES = 2**27
@@ -60,7 +61,7 @@ class Objective:
         """The objective and the probabilities at weights [R, K]."""
         probability = self.columns.new_empty(len(self.columns), weights.shape[1])
         total = 0.0
-        for rows in self._blocks(weights.shape[1]):
+        for rows in self.blocks(weights.shape[1]):
             losses, probability[rows] = self.loss.evaluate(self.columns[rows] @ weights, self.targets[rows])
             if self.sample_weights is not None:
                 losses = losses * self.sample_weights[rows, 0]
@@ -71,8 +72,8 @@ class Objective:
     def gradient(self, point: Point, c: float) -> torch.Tensor:
         """Gradient [R, K]."""
         slope = point.weights * self.penalty
-        for rows in self._blocks(slope.shape[1]):
-            residual = self._weigh(self.loss.residual(point.probability[rows], self.targets[rows]), rows)
+        for rows in self.blocks(slope.shape[1]):
+            residual = self.weigh(self.loss.residual(point.probability[rows], self.targets[rows]), rows)
             slope.addmm_(self.columns[rows].T, residual, alpha=c)
         self.products += 0.5
         return slope
@@ -80,25 +81,41 @@ class Objective:
     def curve(self, point: Point, direction: torch.Tensor, c: float) -> torch.Tensor:
         """Hessian times a direction, both [R, K]."""
         curved = direction * self.penalty
-        for rows in self._blocks(curved.shape[1]):
+        for rows in self.blocks(curved.shape[1]):
             change = self.loss.curve(point.probability[rows], self.columns[rows] @ direction)
-            curved.addmm_(self.columns[rows].T, self._weigh(change, rows), alpha=c)
+            curved.addmm_(self.columns[rows].T, self.weigh(change, rows), alpha=c)
         self.products += 1
         return curved
 
     def diagonal(self, point: Point, c: float) -> torch.Tensor:
         """Diagonal of the Hessian, [R, K]."""
         found = self.penalty.expand(-1, point.weights.shape[1]).clone()
-        for rows in self._blocks(found.shape[1]):
+        for rows in self.blocks(found.shape[1]):
             variance = point.probability[rows] * (1 - point.probability[rows])
-            found.addmm_(self.columns[rows].square().T, self._weigh(variance, rows), alpha=c)
+            found.addmm_(self.columns[rows].square().T, self.weigh(variance, rows), alpha=c)
         self.products += 0.5
         return found.clamp_(min=torch.finfo(found.dtype).tiny)
 
-    def _weigh(self, values: torch.Tensor, rows: slice) -> torch.Tensor:
+    @property
+    def total_weight(self) -> float:
+        """Sum of the sample weights."""
+        weights = self.sample_weights
+        return float(len(self.columns) if weights is None else weights.sum(dtype=torch.float64))
+
+    def class_totals(self, classes: int) -> torch.Tensor:
+        """Weight of the samples of each class, [K]."""
+        weights = self.sample_weights
+        of_sample = self.columns.new_ones(len(self.columns)) if weights is None else weights[:, 0]
+        if self.targets.ndim == 1:
+            return self.columns.new_zeros(classes).index_add_(0, self.targets, of_sample)
+        return of_sample @ self.targets
+
+    def weigh(self, values: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Values [b, K] of these rows times the samples' weights."""
         return values if self.sample_weights is None else values * self.sample_weights[rows]
 
-    def _blocks(self, num_classes: int) -> list[slice]:
+    def blocks(self, num_classes: int) -> list[slice]:
+        """Parts of the rows that fit `BLOCK_BYTES`."""
         size = max(1, BLOCK_BYTES // (self.columns.element_size() * (self.columns.shape[1] + 4 * num_classes)))
         return [slice(start, start + size) for start in range(0, len(self.columns), size)]
 
@@ -108,10 +125,10 @@ def minimise(
 ) -> Minimum:
     """Minimise from `start` until the certified excess is small enough.
 
-    The objective is strongly convex in the penalised weights with constant 1, so half the squared gradient norm bounds
-    its excess over the minimum (the unpenalised bias adds the same at its own curvature), and the gradient norm bounds
-    the weights' distance from the minimiser's. The bound is held against the objective, and against what the weights
-    gain over the best constant classifier: at strong regularisation that is a tiny part of the objective.
+    Half the squared gradient norm (the objective is strongly convex in the penalised weights with constant 1) and the
+    biases' at the curvature of the point estimate the excess over the minimum. Where that is small enough the biases
+    are settled and `certified_excess` bounds it, biases included. The bound is held against the objective, and against
+    what the weights gain over the best constant classifier: at strong regularisation a tiny part of the objective.
 
     Args:
         objective: what to minimise.
@@ -126,9 +143,14 @@ def minimise(
         gradient = objective.gradient(point, c)
         diagonal = objective.diagonal(point, c)
         squared = _squared_norm(gradient[:-1])
-        excess = squared / 2 + float((gradient[-1].double().square() / diagonal[-1]).sum()) / 2
+        estimate = squared / 2 + float((gradient[-1].double().square() / diagonal[-1]).sum()) / 2
         gained = max(_squared_norm(point.weights[:-1]) / 2, constant - point.value)
-        converged = excess <= tolerance * min(point.value, gained)
+        allowed = tolerance * min(point.value, gained)
+        converged = estimate <= allowed
+        if converged:
+            point = settle_biases(objective, point, c, allowed)
+            gradient = objective.gradient(point, c)
+            converged = certified_excess(objective, point, gradient, c) <= allowed
         moved = None
         if not converged and iteration < max_iterations:
             moved = _search(objective, point, gradient, _newton_step(objective, point, gradient, diagonal, c), c)

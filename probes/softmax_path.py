@@ -36,7 +36,7 @@ class PathPoint:
     iterations: int
     """Newton steps."""
     converged: bool
-    """Whether the certified excess over the minimum is within the tolerance."""
+    """Whether the certified excess over the minimum (over weights and biases) is within the tolerance."""
 
 
 def fit_path(
@@ -120,12 +120,6 @@ def _absent_biases(targets: torch.Tensor, num_classes: int, loss: str) -> torch.
 
 def _best_constant(objective: Objective, loss: Loss, classes: int) -> tuple[torch.Tensor, float]:
     """Weights [R, K] that are 0 but for the best biases, and their summed loss."""
-    columns, weights = objective.columns, objective.sample_weights
-    of_sample = columns.new_ones(len(columns)) if weights is None else weights[:, 0]
-    if objective.targets.ndim == 1:
-        totals = columns.new_zeros(classes).index_add_(0, objective.targets, of_sample)
-    else:
-        totals = of_sample @ objective.targets
-    start = columns.new_zeros(columns.shape[1], classes)
-    start[-1] = loss.constant_logits(totals, float(of_sample.sum()))
+    start = objective.columns.new_zeros(objective.columns.shape[1], classes)
+    start[-1] = loss.constant_logits(objective.class_totals(classes), objective.total_weight)
     return start, objective.evaluate(start, 1.0).value

@@ -9,10 +9,13 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
+from probes.certificate import certified_excess, settle_biases
 from probes.class_weights import balanced_weights
 from probes.extraction import load_tables
 from probes.method_sections import LogisticRecipe
+from probes.newton import Objective, minimise
 from probes.recipe import load_recipe
+from probes.regression_losses import LOSSES
 from probes.softmax_path import ABSENT_BIAS, PathPoint, fit_path
 from probes.splits import prepare_splits
 
@@ -135,3 +138,84 @@ def test_the_quickstarts_features_too(repo, monkeypatch, tmp_path):
         coefficients, intercepts = torch.from_numpy(reference.coef_), torch.from_numpy(reference.intercept_)
         minimum = float(objective(features, targets, coefficients, intercepts, point.c))
         assert own(features, targets, point) <= minimum * (1 + 1e-3)
+
+
+def build_objective(loss: str, weighted: bool) -> tuple[Objective, torch.Tensor, torch.Tensor]:
+    """Of 150 digits, some of them standardised, and 4 classes; with targets and sample weights."""
+    features, digits = load(150)
+    features = (features - features.mean(dim=0)).double()[:, 20:40] / 8
+    targets = digits % 4 if loss == "softmax" else torch.stack([digits % 2 == 0, digits > 6, digits == 3], 1).double()
+    weights = torch.rand(150, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    columns = torch.cat([features, torch.ones(150, 1, dtype=torch.float64)], dim=1)
+    return Objective(columns, targets, weights[:, None] if weighted else None, LOSSES[loss]), targets, weights
+
+
+def minimum_of(loss: str, weighted: bool, c: float) -> float:
+    """scikit-learn's minimum, or the sum of its minima of each class against the rest."""
+    objective, targets, weights = build_objective(loss, weighted)
+    features, of_sample = objective.columns[:, :-1].numpy(), weights.numpy() if weighted else np.ones(150)
+    total = 0.0
+    for target in targets.T if loss == "bce" else [targets]:
+        model = LogisticRegression(C=c, tol=1e-10, max_iter=20000).fit(features, target.numpy(), of_sample)
+        logits = features @ model.coef_.T + model.intercept_
+        if loss == "bce":
+            losses = np.logaddexp(0, np.where(target.numpy() > 0, -logits[:, 0], logits[:, 0]))
+        else:
+            losses = F.cross_entropy(torch.from_numpy(logits), target, reduction="none").numpy()
+        total += float(c * (losses * of_sample).sum() + (model.coef_**2).sum() / 2)
+    return total
+
+
+@pytest.mark.parametrize("c", [1e-3, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+def test_the_certificate_bounds_the_whole_objective_wherever_the_biases_are(loss, weighted, c):
+    objective, _, _ = build_objective(loss, weighted)
+    classes, minimum = (4 if loss == "softmax" else 3), minimum_of(loss, weighted, c)
+    zero = objective.evaluate(torch.zeros(21, classes, dtype=torch.float64), c)
+    best = minimise(objective, zero, c, constant=zero.value, tolerance=1e-11, max_iterations=100)
+    assert best.value == pytest.approx(minimum, rel=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.0, 1e-4, 1e-2, 1.0, 8.0):
+        for moved in ("biases", "all"):
+            noise = size * torch.randn(21, classes, generator=generator, dtype=torch.float64)
+            noise[:-1] *= moved == "all"
+            point = objective.evaluate(best.weights + noise, c)
+            bound = certified_excess(objective, point, objective.gradient(point, c), c)
+            assert bound >= (point.value - minimum) * (1 - 1e-9) - 1e-9 * minimum
+    if loss == "bce" and c < 1:  # the curvature at the point is not the curvature on the way
+        point = objective.evaluate(torch.cat([best.weights[:-1], 0 * best.weights[-1:]]), c)
+        gradient, diagonal = objective.gradient(point, c), objective.diagonal(point, c)
+        estimate = gradient[:-1].square().sum() / 2 + (gradient[-1].square() / diagonal[-1]).sum() / 2
+        assert float(estimate) < point.value - minimum <= certified_excess(objective, point, gradient, c) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+def test_settled_biases_are_the_best_for_their_weights(loss):
+    objective, _, _ = build_objective(loss, weighted=True)
+    classes = 4 if loss == "softmax" else 3
+    noise = torch.randn(21, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    point = objective.evaluate(noise / 3, 1.0)
+    settled = settle_biases(objective, point, 1.0, 1e-8)
+    assert torch.equal(settled.weights[:-1], point.weights[:-1])
+    assert settled.value < point.value
+    assert float(objective.gradient(settled, 1.0)[-1].abs().sum()) <= 1e-6
+    assert float(objective.gradient(point, 1.0)[-1].abs().sum()) > 1
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-8])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_excess_over_scikit_learns_minimum_is_within_the_tolerance(tolerance, weighted):
+    features, targets = load(300)
+    features = features / 16
+    weights = balanced_weights(targets.bincount(minlength=10))[targets] if weighted else None
+    for point in fit_path(features, targets, 10, [1e-2, 1.0, 100.0], sample_weights=weights, tolerance=tolerance):
+        reference = LogisticRegression(C=point.c, tol=1e-11, max_iter=20000)
+        reference.fit(features.double().numpy(), targets.numpy(), sample_weight=weights)
+        coefficients, intercepts = torch.from_numpy(reference.coef_), torch.from_numpy(reference.intercept_)
+        minimum = float(objective(features, targets, coefficients, intercepts, point.c, weights))
+        assert point.converged
+        assert point.objective - minimum <= tolerance * minimum + 1e-10 * minimum
+        if tolerance == 1e-8:
+            shift = point.bias.double() - point.bias.double().mean() - intercepts + intercepts.mean()
+            assert float(shift.abs().max()) < 2e-3 * float(intercepts.abs().max())
