@@ -32,7 +32,7 @@ class Stop(Exception):
 
 @pytest.fixture
 def stopped(write_digits, tiny_model, tmp_path, monkeypatch):
-    """`stopped(command)`: a run stopped after two epochs on data that may be changed; how to resume it, and the data."""
+    """`stopped(command)`: a run stopped after two epochs on data that may change; how to resume it, and the data."""
     import importlib
 
     def stop(name: str):
@@ -49,9 +49,10 @@ def stopped(write_digits, tiny_model, tmp_path, monkeypatch):
                 raise Stop
 
         monkeypatch.chdir(tmp_path)
-        with monkeypatch.context() as patch, pytest.raises(Stop):
+        with monkeypatch.context() as patch:
             patch.setattr(RunFolder, "append_log", stopping)
-            main(argv)
+            with pytest.raises(Stop):
+                main(argv)
         return lambda *more: main([*argv, "run.on_existing=resume", *more]), digits
 
     return stop
