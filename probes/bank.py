@@ -59,7 +59,8 @@ class HeadBank(nn.Module):
         optimizer: "sgd", "lars" or "adamw", of all heads.
         momentum: momentum of LARS and SGD; beta1 of AdamW.
         loss: "cross_entropy" on class indices [B], or "bce" on any number of classes a sample, [B, C] of 0 and 1.
-        class_weights: [C], as `weight` of torch's own losses.
+        class_weights: [C]; multiplies the terms of each class in the sum over the samples that is divided by their
+            number.
         initial: by feature kind, weights [C, D] to start from (zero-shot weights, say); others are drawn.
         seed: of the drawn weights, which all heads of one kind on one feature kind share. They are those of
             `build_head` after `torch.manual_seed(seed)`.
@@ -70,6 +71,7 @@ class HeadBank(nn.Module):
 
     diverged: torch.Tensor
     class_weights: torch.Tensor | None
+    order: torch.Tensor
 
     def __init__(
         self,
@@ -95,6 +97,8 @@ class HeadBank(nn.Module):
         self.members: dict[tuple[str, str], list[int]] = {}
         for position, head in enumerate(heads):
             self.members.setdefault((head.features, head.kind), []).append(position)
+        grouped = torch.tensor([position for positions in self.members.values() for position in positions])
+        self.register_buffer("order", grouped.argsort(), persistent=False)  # of the heads among the groups'
         self.groups = nn.ModuleList(
             HeadGroup(
                 kind,
@@ -125,10 +129,8 @@ class HeadBank(nn.Module):
         """
         targets = targets.to(self.diverged.device)
         errors_of = partial(LOSSES[self.loss], targets=targets, class_weights=self.class_weights)
-        losses = torch.empty(len(self.heads), device=self.diverged.device)
-        for name, positions, group in self._groups():
-            losses[positions] = group.train_step(features[name], errors_of, factor)
-        return losses
+        losses = [group.train_step(features[name], errors_of, factor) for name, _, group in self._groups()]
+        return torch.cat(losses)[self.order]
 
     @torch.no_grad()
     def logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -13,22 +13,21 @@ from torch.nn import functional as F
 def cross_entropy_errors(
     logits: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax cross-entropy of every head, as `torch.nn.functional.cross_entropy` averages it.
+    """Softmax cross-entropy of every head, its mean over the samples.
 
     Args:
         logits: [H, C, B].
         targets: class indices [B].
-        class_weights: [C] or None; samples are averaged with the weight of their class.
+        class_weights: [C] or None; multiplies the terms of each class. They are still divided by B, not by the weights
+            that happen to meet in a batch.
 
     Returns:
         The derivative of each head's loss by its logits [H, C, B], and the losses [H].
     """
     classes, samples = logits.shape[1:]
-    if class_weights is None:
-        shares = torch.full((samples,), 1 / samples, dtype=logits.dtype, device=logits.device)
-    else:
-        shares = class_weights[targets]
-        shares = shares / shares.sum()
+    shares = torch.full((samples,), 1 / samples, dtype=logits.dtype, device=logits.device)
+    if class_weights is not None:
+        shares *= class_weights[targets]
     highest = logits.amax(1)  # [H, B]
     of_target = logits.gather(1, targets.expand(len(logits), 1, samples))[:, 0]  # [H, B]
     probabilities = torch.softmax(logits, 1)

@@ -11,49 +11,63 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 def build_metrics(num_classes: int) -> MetricCollection:
-    """`acc1` and `acc5` over samples (micro average), as fractions; k is at most `num_classes`."""
-    return MetricCollection(
-        {f"acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
-    )
+    """`acc1` and `acc5` over samples (micro average), as fractions; k is at most `num_classes`.
+
+    Neither their checks nor their grouping, both of which wait for the device, are of use to a training step.
+    """
+    kinds = {k: min(k, num_classes) for k in (1, 5)}
+    metrics = {
+        f"acc{k}": MulticlassAccuracy(num_classes, top_k=top_k, average="micro", validate_args=False)
+        for k, top_k in kinds.items()
+    }
+    return MetricCollection(metrics, compute_groups=False)
 
 
-class MeanLoss(Metric):
-    """Mean over samples. torchmetrics' MeanMetric leaves NaN out, and with its checks off the weights as well."""
+class LossMean(Metric):
+    """Mean of the samples' losses. torchmetrics' own leaves NaN out, and waits for the device at every update.
 
-    mean_value: torch.Tensor
-    weight: torch.Tensor
+    Args:
+        leave_out: losses that are not finite have no part in the mean, as those of training steps that were skipped;
+            else one of them makes the mean what it is.
+    """
 
-    def __init__(self) -> None:
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, *, leave_out: bool = False) -> None:
         super().__init__()
-        for name in ("mean_value", "weight"):  # sums, by the names that checkpoints have
-            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+        self.leave_out = leave_out
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, value: torch.Tensor, samples: int) -> None:
-        """Add the mean of some samples."""
-        self.mean_value += value * samples
-        self.weight += samples
+    def update(self, losses: torch.Tensor) -> None:
+        """Add the losses [B] of some samples."""
+        known = torch.isfinite(losses) if self.leave_out else torch.ones_like(losses, dtype=torch.bool)
+        self.total += losses.float().where(known, 0.0).sum()
+        self.count += known.sum()
 
     def compute(self) -> torch.Tensor:
-        """The mean so far."""
-        return self.mean_value / self.weight
+        """The mean so far, []."""
+        return self.total / self.count
 
 
 class SplitMeter(torch.nn.Module):
     """Loss and accuracy of one split: every sample counts once, also over several processes.
 
-    Where a sample's logits are not finite neither is the loss, and then there is no accuracy either: all are NaN.
+    Where a sample's logits are not finite neither is the loss, and then there is no accuracy either: all are NaN. On
+    train such steps may have been skipped, and are left out of the loss.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, train: bool = False) -> None:
         super().__init__()
         self.accuracy = build_metrics(num_classes)
-        self.loss = MeanLoss()
+        self.loss = LossMean(leave_out=train)
 
-    def update(self, logits: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor | None = None) -> None:
-        """Add logits [B, C] and class indices [B]; `loss` is the batch's mean where it is not plain cross-entropy."""
-        if loss is None:
-            loss = torch.nn.functional.cross_entropy(logits.float(), targets)
-        self.loss.update(loss.float(), len(targets))
+    def update(self, logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor | None = None) -> None:
+        """Add logits [B, C] and class indices [B]; `losses` [B] of the samples where not plain cross-entropy."""
+        if losses is None:
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        self.loss.update(losses)
         self.accuracy.update(logits, targets)
 
     def totals(self) -> dict[str, dict[str, torch.Tensor]]:

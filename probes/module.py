@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from eva_clip.classifier import without_autocast
+from probes.batch_norm import settled_if_single
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.optim import build_optimizer
+from probes.step_batch import StepBatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +73,7 @@ class LinearProbe(LightningModule):
         self.selected: dict[str, Any] | None = None
         self._rates: list[float] = []
         self._gradient_norms: list[float] = []
+        self._step = StepBatch()
         self.strict_loading = False  # checkpoints hold the head alone
 
     @property
@@ -84,25 +87,22 @@ class LinearProbe(LightningModule):
             features = batch["features"]
         else:
             assert self.encoder is not None
-            features = self.encoder(batch["image"])
+            image = batch["image"]
+            features = self.encoder(image) if len(image) else image.new_empty(0, self.encoder.feature_dim)
         with without_autocast(features.device):  # Lightning's, of fp16
             logits: torch.Tensor = self.head(features.float())
         return logits
 
-    def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor | None:
-        """Loss of one micro-batch; None (no step) when every image of it was unreadable."""
+    def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor:
+        """Loss of one micro-batch: its share of the step's mean; 0 when every image of it was unreadable."""
         self._note_skipped("train", batch)
-        if len(batch["target"]) == 0:
-            return None
-        logits = self(batch)
-        loss = self._loss(logits.float(), batch["target"])
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the training loss is {loss.item()} in epoch {self.current_epoch}; lower optimizer.lr, or use "
-                "trainer.precision=fp32"
-            )
-        self._meter("train").update(logits.detach(), batch["target"], loss.detach())
-        return loss
+        target = batch["target"]
+        with settled_if_single(self.head, len(target)):
+            logits = self(batch)
+        losses = self._losses(logits.float(), target) if len(target) else logits.sum(dim=1)
+        if len(target):
+            self._meter("train").update(logits.detach(), target, losses.detach())
+        return self._step.add(losses.sum(), len(target), len(target) + len(batch.get("skipped") or ()))
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
         """Score one batch of the evaluation split number `dataloader_idx`."""
@@ -112,10 +112,19 @@ class LinearProbe(LightningModule):
             self._meter(name).update(self(batch), batch["target"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note the rate in force and the gradient's norm (unscaled)."""
+        """Make the gradient (unscaled) that of the step's images, and note its norm and the rate in force."""
         self._rates.append(optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
-        self._gradient_norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        _, figures = self._step.finish(self.trainer, gradients)
+        self._gradient_norms.append(figures.norm)
+        if not math.isfinite(figures.loss):
+            raise ValueError(
+                f"the training loss is {figures.loss} in epoch {self.current_epoch}; lower optimizer.lr, or use "
+                "trainer.precision=fp32"
+            )
+        if not figures.images:  # nothing to learn from: no decay, no momentum
+            for parameter in self.head.parameters():
+                parameter.grad = None
 
     def on_train_epoch_end(self) -> None:
         """Close the epoch: one row of history, and the selected head brought up to date."""
@@ -186,11 +195,13 @@ class LinearProbe(LightningModule):
             state = {key: value.detach().cpu() for key, value in self.head.state_dict().items()}
             self.selected = {"epoch": int(row["epoch"]), "score": score, "head": copy.deepcopy(state)}
 
-    def _loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of class indices [B]; binary cross-entropy, mean over images and classes, of bool [B, C]."""
+    def _losses(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Per image [B]: cross-entropy of class indices [B], or the classes' mean binary cross-entropy of bool [B, C]."""
         if self.multi_label:
-            return F.binary_cross_entropy_with_logits(logits, target.float(), pos_weight=self.class_weights)
-        return F.cross_entropy(logits, target, weight=self.class_weights)
+            weights = self.class_weights
+            terms = F.binary_cross_entropy_with_logits(logits, target.float(), pos_weight=weights, reduction="none")
+            return terms.mean(dim=1)
+        return F.cross_entropy(logits, target, weight=self.class_weights, reduction="none")
 
     def _note_skipped(self, name: str, batch: Batch) -> None:
         if batch.get("skipped"):
