@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_SCALE = math.log(100)
 """CLIP's bound on the logarithm of its scale."""
 ABSENT = -1e4
-"""Logit of a class that has no text in a batch."""
+"""Logit of a pair that is none: its share of a softmax is 0 in fp32."""
 
 
 class ClassTexts(nn.Module):
@@ -46,6 +46,11 @@ class ClassTexts(nn.Module):
         self.logit_scale = towers.logit_scale
         self.length = length
         self.register_buffer("tokens", tokenize(list(texts), towers.spec.text.context_length), persistent=False)
+
+    def embed_images(self, features: torch.Tensor) -> torch.Tensor:
+        """Class tokens [B, D] to unit-length embeddings float32 [B, E]."""
+        with without_autocast(features.device):
+            return F.normalize(self.projection(features.float()), dim=1)
 
     def embed(self, classes: torch.Tensor) -> torch.Tensor:
         """Class numbers int64 [K] to unit-length embeddings float32 [K, E]."""
@@ -72,32 +77,25 @@ def text_head(texts: torch.Tensor, projection: nn.Linear, scale: torch.Tensor) -
     return (scaled @ projection.weight).float(), bias.float()
 
 
-def contrastive_loss(
-    features: torch.Tensor, target: torch.Tensor, texts: ClassTexts
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLIP's symmetric loss of a micro-batch, each image paired with its class's prompt, and logits of its classes.
+def contrastive_losses(
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's symmetric loss of every pair, [B]; its mean over the known pairs is CLIP's loss.
 
-    Prompts of equal classes count as different pairs, as in the published method. A class's text is computed once.
+    Prompts of equal classes count as different pairs, as in the published method.
 
     Args:
-        features: class tokens [B, D].
-        target: classes, int64 [B].
-        texts: of all classes.
-
-    Returns:
-        Loss [] and logits float32 [B, C], in which classes outside the batch are far below all others.
+        images: embeddings float32 [B, E] of unit length.
+        texts: of each image's prompt, [B, E].
+        scale: factor of cosines, [].
+        known: bool [B]; other rows stand for images that could not be read, and take no part.
     """
-    present, of_image = torch.unique(target, return_inverse=True)  # [K], [B]
-    embeddings = texts.embed(present)
-    with without_autocast(features.device):  # similarities times a scale of 100 are too coarse in half precision
-        images = F.normalize(texts.projection(features.float()), dim=1)
-        by_class = texts.scale() * images @ embeddings.T  # [B, K]
-    pairs = by_class[:, of_image]  # [B, B]: image i with the prompt of image j
-    label = torch.arange(len(target), device=target.device)
-    loss = (F.cross_entropy(pairs, label) + F.cross_entropy(pairs.T, label)) / 2
-    logits = by_class.new_full((len(target), len(texts.tokens)), ABSENT)
-    logits[:, present] = by_class.detach()
-    return loss, logits
+    with without_autocast(images.device):  # similarities times a scale of 100 are too coarse in half precision
+        pairs = scale * images @ texts.T  # image i with the prompt of image j
+    pairs = pairs.masked_fill(~(known & known[:, None]), ABSENT)
+    label = torch.arange(len(images), device=images.device)
+    both = F.cross_entropy(pairs, label, reduction="none") + F.cross_entropy(pairs.T, label, reduction="none")
+    return (both / 2).where(known, 0.0)
 
 
 def attach_texts(model: Classifier, texts: ClassTexts) -> None:

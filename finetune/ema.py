@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class WeightAverage:
             yield
         finally:
             put(weights, raw)
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply what moves the model's tensors, such as a change of device, to the average."""
+        self.average = {name: fn(tensor) for name, tensor in self.average.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Average, decay and update count, for a checkpoint."""

@@ -12,15 +12,17 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import nn
 
-from finetune.contrastive import TextHeads, contrastive_loss, texts_of
+from finetune.contrastive import TextHeads, texts_of
+from finetune.contrastive_step import ContrastiveStep
 from finetune.ema import WeightAverage
 from finetune.layer_decay import build_param_groups
+from finetune.objective import ClassObjective
 from finetune.optim import build_optimizer
 from finetune.sharding import is_sharded, shard
-from finetune.targets import Mixer, classification_loss
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.sampling import seeded_generator
+from probes.step_batch import StepBatch, drop_gradients, loss_scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,10 +71,9 @@ class FinetuneModule(LightningModule):
         self.recipe = recipe
         self.schedule = schedule
         self.evaluation_names = list(evaluation_names)
-        self.class_weights = class_weights
         self.multi_label = multi_label
         self.on_row, self.on_selected, self.on_non_finite = on_row, on_selected, on_non_finite
-        self.mixer = Mixer(recipe.augment, model.num_classes)
+        self.objective = ClassObjective(recipe, model.num_classes, class_weights, multi_label=multi_label)
         self.ema: WeightAverage | None = None
         self._ema_state: dict[str, Any] | None = None
         names = ["train", *evaluation_names]
@@ -88,7 +89,10 @@ class FinetuneModule(LightningModule):
         self._steps: list[list[float]] = []  # of this epoch: highest lr, lowest lr, gradient norm
         self._began = self._ready = self._waited = 0.0  # seconds
         self._text_heads = TextHeads()
-        self._images: list[int] = []  # positions of the images of the step being accumulated
+        self._step = StepBatch()
+        texts = texts_of(model)
+        self._contrast = ContrastiveStep(model, texts) if texts is not None else None
+        self._images: list[torch.Tensor] = []  # positions of the images of the step being accumulated
 
     @property
     def selection_name(self) -> str | None:
@@ -110,6 +114,13 @@ class FinetuneModule(LightningModule):
                 self.ema.load_state_dict(self._ema_state)
                 self._ema_state = None
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FinetuneModule:
+        """Move the average along; it is no buffer, which DistributedDataParallel would send around at every step."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.ema is not None:
+            self.ema.move(fn)
+        return self
+
     def on_train_epoch_start(self) -> None:
         """Start the clock of waiting for batches."""
         self._began = self._ready = time.perf_counter()
@@ -130,48 +141,40 @@ class FinetuneModule(LightningModule):
         logits: torch.Tensor = self.model(images)
         return logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
-        """Loss of one micro-batch; None when every image of it was unreadable."""
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Loss of one micro-batch: its share of the step's. It does not wait for the device."""
         self._note_skipped("train", batch)
-        target = batch["target"]
-        if len(target) == 0:
-            return None
-        self._images += batch["index"].tolist()
-        loss, logits = self._score_batch(batch["image"], target)
-        if not torch.isfinite(loss):
-            self._handle_non_finite(f"loss {loss.item()}")
+        self._images.append(batch["index"])
+        images, target = batch["image"], batch["target"]
+        size = len(target) + len(batch.get("skipped") or ())
+        if self._contrast is not None:
+            parts, place = self.trainer.accumulate_grad_batches, (self.global_rank, self.trainer.world_size)
+            scored = self._contrast.score(images, target, size, batch_idx % parts, parts, *place)
         else:
-            self._meter("train").update(logits.detach(), target, loss.detach())
-        return loss
-
-    def _score_batch(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss [] of the recipe's objective, and logits [B, C]."""
-        texts = texts_of(self.model)
-        if texts is not None:
-            return contrastive_loss(self.model.forward_features(images), target, texts)
-        images, mixed = self.mixer(images, target)
-        logits = self(images)
-        smoothing = self.recipe.regularisation.label_smoothing
-        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-        return classification_loss(logits, mixed, smoothing, weights, multi_label=self.multi_label), logits
+            scored = self.objective(self.model, images, target)
+        if len(scored.target):
+            self._meter("train").update(scored.logits, scored.target, scored.losses)
+        return self._step.add(scored.total, len(target), size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note rates and gradient norm (unscaled), clip, and drop a gradient that is not finite.
+        """Make the gradient (unscaled) that of the step's images, note rates and norm, and clip.
 
-        Parameters without a gradient are left alone by the optimizer: no decay, no momentum.
+        A gradient that is not finite, or of no image, is dropped: parameters without one are left alone by the
+        optimizer, with no decay and no momentum.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm, figures = self._step.finish(self.trainer, [p.grad for p in self.model.parameters() if p.grad is not None])
         rates = [group["lr"] for group in optimizer.param_groups]
-        self._steps.append([max(rates), min(rates), float(norm)])
-        if not torch.isfinite(norm):
-            if self._loss_scale() == 1.0:  # with a loss scale an overflow is expected, and the scaler skips the step
-                self._handle_non_finite(f"gradient norm {float(norm)}")
-                for parameter in self.model.parameters():
-                    parameter.grad = None
-        elif self.recipe.optimizer.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad, norm)
+        self._steps.append([max(rates), min(rates), figures.norm])
+        clip, finite = self.recipe.optimizer.clip_grad, math.isfinite(figures.loss)
+        if finite and not math.isfinite(figures.norm) and loss_scale(self.trainer) != 1.0:
+            return  # an overflow is expected, and the scaler skips the step
+        if not (finite and math.isfinite(figures.norm)):
+            self._handle_non_finite(f"gradient norm {figures.norm}" if finite else f"loss {figures.loss}")
+        elif figures.images:
+            if clip:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
+            return
+        drop_gradients(self.model)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average.
@@ -180,8 +183,7 @@ class FinetuneModule(LightningModule):
         the memory.
         """
         super().optimizer_step(*args, **kwargs)
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        drop_gradients(self.model)
         self._images = []
         if self.ema is not None:
             self.ema.update(self.model)
@@ -211,7 +213,7 @@ class FinetuneModule(LightningModule):
             "train_min_lr": math.fsum(lowest) / len(lowest),
             "train_loss": train["loss"],
             **({"train_mean_ap": train["mean_ap"]} if self.multi_label else {"train_class_acc": train["acc1"] / 100}),
-            "train_loss_scale": self._loss_scale(),
+            "train_loss_scale": loss_scale(self.trainer),
             "train_weight_decay": self.recipe.optimizer.weight_decay,
             "train_grad_norm": math.fsum(finite) / max(len(finite), 1),
             "train_data_wait": self._waited / max(self._ready - self._began, 1e-9),
@@ -280,7 +282,7 @@ class FinetuneModule(LightningModule):
 
     def _handle_non_finite(self, what: str) -> None:
         if self.on_non_finite is not None:
-            self.on_non_finite(what, list(self._images))
+            self.on_non_finite(what, torch.cat(self._images).tolist())
         if self.recipe.trainer.non_finite == "stop":
             raise ValueError(
                 f"{what} in epoch {self.current_epoch}, step {self.global_step}; the images of the step are listed in "
@@ -296,7 +298,3 @@ class FinetuneModule(LightningModule):
         meter = self.meters[f"{name}_meter"]
         assert isinstance(meter, SplitMeter)
         return meter
-
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None else 1.0

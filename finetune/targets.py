@@ -35,7 +35,7 @@ class Mixer:
         return mixed, probabilities
 
 
-def classification_loss(
+def classification_losses(
     logits: torch.Tensor,
     target: torch.Tensor,
     label_smoothing: float,
@@ -43,7 +43,9 @@ def classification_loss(
     *,
     multi_label: bool = False,
 ) -> torch.Tensor:
-    """Mean loss of a batch in fp32.
+    """Loss of every image of a batch in fp32, [B].
+
+    Weighted losses are not divided by the weights that meet in a batch: a mean over a step divides by its images.
 
     Args:
         logits: [B, C].
@@ -51,10 +53,11 @@ def classification_loss(
         label_smoothing: share of the target spread over all classes; of a multi-hot target, over 0 and 1.
         class_weights: [C] or None; of the classes, or with `multi_label` of their positives.
         multi_label: an image may show several classes: `target` is multi-hot, or mixed from it, and is scored by
-            binary cross-entropy, the mean over images and classes.
+            binary cross-entropy, the mean over classes.
     """
     logits = logits.float()
     if multi_label or target.dtype == torch.bool:
         smooth = target.float() * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=class_weights)
-    return F.cross_entropy(logits, target, weight=class_weights, label_smoothing=label_smoothing)
+        terms = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=class_weights, reduction="none")
+        return terms.mean(dim=1)
+    return F.cross_entropy(logits, target, class_weights, label_smoothing=label_smoothing, reduction="none")

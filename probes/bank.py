@@ -98,7 +98,7 @@ class HeadBank(nn.Module):
         for position, head in enumerate(heads):
             self.members.setdefault((head.features, head.kind), []).append(position)
         grouped = torch.tensor([position for positions in self.members.values() for position in positions])
-        self.register_buffer("order", grouped.argsort(), persistent=False)  # of the heads among the groups'
+        self.register_buffer("order", grouped.argsort(), persistent=False)  # of the heads among the groups
         self.groups = nn.ModuleList(
             HeadGroup(
                 kind,

@@ -51,7 +51,7 @@ class SharedRunningStatistics(Callback):
         """Apply the updates of all processes one after the other."""
         norms = _batch_norms(module)
         updated = {
-            norm: module.all_gather(_count(norm) - counted)  # [processes] of 0 and 1
+            norm: torch.as_tensor(module.all_gather(_count(norm) - counted))  # [processes] of 0 and 1
             for norm, counted in zip(norms, self._counted, strict=True)
         }
         for (norm, statistic), before in zip(_statistics(module), self._before, strict=True):

@@ -16,7 +16,7 @@ def build_metrics(num_classes: int) -> MetricCollection:
     Neither their checks nor their grouping, both of which wait for the device, are of use to a training step.
     """
     kinds = {k: min(k, num_classes) for k in (1, 5)}
-    metrics = {
+    metrics: dict[str, Metric | MetricCollection] = {
         f"acc{k}": MulticlassAccuracy(num_classes, top_k=top_k, average="micro", validate_args=False)
         for k, top_k in kinds.items()
     }

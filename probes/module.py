@@ -17,7 +17,7 @@ from probes.batch_norm import settled_if_single
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.optim import build_optimizer
-from probes.step_batch import StepBatch
+from probes.step_batch import StepBatch, drop_gradients, loss_scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,8 +123,7 @@ class LinearProbe(LightningModule):
                 "trainer.precision=fp32"
             )
         if not figures.images:  # nothing to learn from: no decay, no momentum
-            for parameter in self.head.parameters():
-                parameter.grad = None
+            drop_gradients(self.head)
 
     def on_train_epoch_end(self) -> None:
         """Close the epoch: one row of history, and the selected head brought up to date."""
@@ -134,7 +133,7 @@ class LinearProbe(LightningModule):
             "train_min_lr": math.fsum(self._rates) / len(self._rates),
             "train_loss": train["loss"],
             **({"train_mean_ap": train["mean_ap"]} if self.multi_label else {"train_class_acc": train["acc1"] / 100}),
-            "train_loss_scale": self._loss_scale(),
+            "train_loss_scale": loss_scale(self.trainer),
             "train_grad_norm": math.fsum(self._gradient_norms) / len(self._gradient_norms),
         }
         for name in self.evaluation_names:
@@ -196,7 +195,7 @@ class LinearProbe(LightningModule):
             self.selected = {"epoch": int(row["epoch"]), "score": score, "head": copy.deepcopy(state)}
 
     def _losses(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Per image [B]: cross-entropy of class indices [B], or the classes' mean binary cross-entropy of bool [B, C]."""
+        """Per image [B]: cross-entropy of indices [B], or the classes' mean binary cross-entropy of bool [B, C]."""
         if self.multi_label:
             weights = self.class_weights
             terms = F.binary_cross_entropy_with_logits(logits, target.float(), pos_weight=weights, reduction="none")
@@ -211,7 +210,3 @@ class LinearProbe(LightningModule):
         meter = self.meters[f"{name}_meter"]
         assert isinstance(meter, SplitMeter)
         return meter
-
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None else 1.0

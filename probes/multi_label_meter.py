@@ -36,13 +36,13 @@ class BinnedPrecision(MultilabelAveragePrecision):
     """torchmetrics' average precision at evenly spread thresholds, without its waits for the device at every update."""
 
     confmat: torch.Tensor
-    thresholds: torch.Tensor
 
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
         """Add scores [B, C] in [0, 1] and targets int64 [B, C].
 
         A score is counted once, at the highest threshold that it reaches; sums from the top down give those of all.
         """
+        assert isinstance(self.thresholds, torch.Tensor)
         thresholds, classes = self.thresholds.to(preds.dtype), preds.shape[1]
         reached = torch.searchsorted(thresholds, preds.contiguous(), right=True)  # [B, C], thresholds at or below
         counts = self.confmat.new_zeros(len(thresholds) + 1, classes, 2)  # by thresholds reached, class, target

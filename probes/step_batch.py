@@ -63,3 +63,15 @@ class StepBatch:
         self._size, self._images, self._loss = 0, 0, None
         size, images, loss = torch.cat([norm.float().view(1), totals]).tolist()
         return norm, StepFigures(size, round(images), loss)
+
+
+def drop_gradients(module: torch.nn.Module) -> None:
+    """Leave a module without gradients: optimizers pass its parameters by, with no decay and no momentum."""
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """Factor of the loss under fp16, else 1."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0

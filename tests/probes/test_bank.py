@@ -56,7 +56,7 @@ def splits() -> tuple[FeatureSplit, FeatureSplit]:
 
 
 def train_alone(
-    head: BankHead, split: FeatureSplit, optimizer: str, criterion: nn.Module | None = None, seed: int = 0
+    head: BankHead, split: FeatureSplit, optimizer: str, criterion: Callable | None = None, seed: int = 0
 ) -> nn.Sequential:
     """The plain loop: autograd, torch's loss, `build_optimizer`, the same batches and rates."""
     torch.manual_seed(seed)
@@ -107,12 +107,14 @@ def test_every_head_is_its_twin_trained_alone(optimizer, splits):
         assert_same(bank.build_single(number), train_alone(head, splits[0], optimizer))
 
 
-def test_class_weights_are_torchs(splits):
+def test_weighted_losses_are_divided_by_the_number_of_samples(splits):
     weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
     head = BankHead("last", 0.1)
     bank = HeadBank([head, BankHead("last", 0.2)], DIMS, CLASSES, class_weights=weights)
     fit(bank, splits).run()
-    assert_same(bank.build_single(0), train_alone(head, splits[0], "sgd", nn.CrossEntropyLoss(weights)))
+    summed = nn.CrossEntropyLoss(weights, reduction="sum")
+    single = train_alone(head, splits[0], "sgd", lambda logits, targets: summed(logits, targets) / BATCH)
+    assert_same(bank.build_single(0), single)
     with pytest.raises(AssertionError):
         assert_same(bank.build_single(0), train_alone(head, splits[0], "sgd"))
 
@@ -147,7 +149,7 @@ def test_cross_entropy_and_its_derivative_are_autograds():
     logits = (10 * torch.randn(3, CLASSES, 7, generator=generator, dtype=torch.float64)).requires_grad_()
     targets, weights = torch.randint(CLASSES, (7,), generator=generator), torch.rand(CLASSES, dtype=torch.float64)
     for chosen in (None, weights):
-        wanted = torch.stack([F.cross_entropy(head.T, targets, chosen) for head in logits])
+        wanted = torch.stack([F.cross_entropy(head.T, targets, chosen, reduction="none").mean() for head in logits])
         slope = torch.autograd.grad(wanted.sum(), logits)[0]
         errors, losses = cross_entropy_errors(logits.detach(), targets, chosen)
         torch.testing.assert_close(losses, wanted.detach())
