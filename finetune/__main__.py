@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
     """What `--plan` prints."""
+    from finetune.memory import measure_room
     from finetune.plan import plan_finetune
 
-    return plan_finetune(recipe)
+    return plan_finetune(recipe, measure_room())
 
 
 def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     """One run, from recipe to report and a model that timm opens."""
     start = time.monotonic()
+    from finetune.memory import measure_room
     from finetune.plan import check_recipe, settle_batch
     from finetune.start_check import check_start
     from finetune.unseen import seen_by_fine_tune
@@ -44,7 +46,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
     recipe, precision = settle_precision(recipe)
-    planned, memory = settle_batch(recipe, len(splits.classes))
+    planned, memory = settle_batch(recipe, len(splits.classes), measure_room())
     check_start(recipe, splits)
     run = RunFolder.create(recipe, recipe_path)
     run.record_data(describe(splits))
@@ -72,7 +74,7 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     export(run, model)
     result.facts["weights of model.safetensors"] = weights
     result.facts["precision"] = precision
-    result.facts["peak memory"] = describe_peak(memory.total)
+    result.facts["peak memory"] = describe_peak(memory.tensors)
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts["duration"] = f"{time.monotonic() - start:.0f} s"
@@ -117,11 +119,11 @@ def summarise(
 
 
 def describe_peak(predicted: float) -> str:
-    """The planner's memory beside the measured one, GiB."""
+    """The planner's tensors on a GPU beside the measured memory, GiB."""
     from finetune.compute_cost import measure_peak_gib
 
     measured, what = measure_peak_gib()
-    return f"{measured:.2f} GiB measured ({what}), {predicted:.2f} GiB predicted for one device"
+    return f"{measured:.2f} GiB measured ({what}), {predicted:.2f} GiB of tensors predicted for one GPU"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

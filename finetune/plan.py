@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.compute_cost import EFFICIENCY, forward_equivalents, measure_tflops, predict_hours
+from finetune.memory import Memory, Parameters, Room, choose_micro_batch, predict_memory
 from finetune.sections import FinetuneRecipe
 from probes.plan import describe_pos_embed, measure_data, steps_per_epoch
 from probes.precision import settle_precision
@@ -14,97 +16,7 @@ from probes.schedule import epoch_means, warmup_cosine
 from probes.sections import RecipeError
 
 if TYPE_CHECKING:
-    from eva_clip.classifier import Classifier
     from eva_clip.spec_types import ModelSpec
-
-ACTIVATIONS_PER_BLOCK = 34
-"""Values of 2 bytes kept for the backward pass, per token and unit of width of a block with MLP ratio 4 (Korthikanti et
-al. 2022, equation 1, bytes; the attention matrix is not kept by fused attention)."""
-OVERHEAD_GIB = 1.0
-"""Context, kernels' workspace and fragmentation on a GPU."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted peak memory of one device in GiB."""
-
-    weights: float
-    """fp32 weights, and the average's."""
-    training: float
-    """Gradients, fp32, and the optimizer's state of what is trained."""
-    activations: float
-    """Of one micro-batch."""
-
-    @property
-    def total(self) -> float:
-        """Sum, with the overhead."""
-        return self.weights + self.training + self.activations + OVERHEAD_GIB
-
-
-def predict_memory(
-    spec: ModelSpec,
-    total: int,
-    trainable: int,
-    micro_batch: int,
-    *,
-    checkpointing: bool,
-    ema: bool,
-    half: bool,
-    moments: int = 8,
-) -> Memory:
-    """Memory of a step from counts of parameters and the tower's shape; sharding is not counted.
-
-    Args:
-        spec: the model at the recipe's resolution.
-        total: parameters.
-        trainable: parameters that take gradients.
-        micro_batch: images of one forward pass on one device.
-        checkpointing: blocks are recomputed in the backward pass.
-        ema: an average of the trained weights is kept.
-        half: activations take 2 bytes a value, not 4.
-        moments: bytes of the optimizer's state for one parameter.
-    """
-    vision = spec.vision
-    tokens = micro_batch * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    width = tokens * vision.width * (1 if half else 2)  # in units of 2 bytes
-    block = ACTIVATIONS_PER_BLOCK * width * (0.5 + vision.mlp_ratio / 8)
-    kept = 2 * width * vision.layers + block if checkpointing else block * vision.layers
-    gib = 2**30
-    return Memory((4 * total + (4 * trainable if ema else 0)) / gib, (4 + moments) * trainable / gib, kept / gib)
-
-
-def choose_micro_batch(recipe: FinetuneRecipe, spec: ModelSpec, total: int, trainable: int) -> tuple[int, bool]:
-    """Largest micro-batch that fits the device, and whether activations must be recomputed for it.
-
-    Without a GPU nothing limits but time: up to 32 images and no recomputation. What the recipe fixes stays as it is.
-
-    Raises:
-        RecipeError: not even one image fits; what would is named.
-    """
-    import torch
-
-    section = recipe.trainer
-    per_device = section.global_batch // (section.devices * section.nodes)
-    sizes = [section.micro_batch] if section.micro_batch else divisors(per_device)
-    ways = [section.checkpointing] if section.checkpointing is not None else [False, True]
-    if not torch.cuda.is_available():
-        return max(size for size in sizes if size <= max(32, sizes[0])), bool(ways[0])
-    room = torch.cuda.mem_get_info()[1] / 2**30
-    for checkpointing in ways:
-        for size in reversed(sizes):
-            memory = _predict(recipe, spec, total, trainable, size, bool(checkpointing))
-            if memory.total <= room and (size >= 8 or checkpointing == ways[-1] or size == sizes[-1]):
-                return size, bool(checkpointing)
-    needed = _predict(recipe, spec, total, trainable, sizes[0], bool(ways[-1])).total
-    raise RecipeError(
-        f"the smallest step needs about {needed:.0f} GiB and the device has {room:.0f}; try tune.what=lora or "
-        "last_blocks, ema.decay=null, trainer.checkpointing=true or a smaller model"
-    )
-
-
-def divisors(number: int) -> list[int]:
-    """Divisors in ascending order."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 def check_recipe(recipe: FinetuneRecipe, train_size: int | None = None) -> None:
@@ -164,46 +76,26 @@ def check_contrastive(recipe: FinetuneRecipe) -> None:
         raise RecipeError("\n".join(["head.objective is 'contrastive'", *problems]))
 
 
-def count_parameters(recipe: FinetuneRecipe, model: Classifier) -> tuple[int, int]:
-    """All parameters and those that are trained; a contrastive objective adds the text side and fixes the head."""
-    import torch
-
-    from eva_clip.towers import build_text_tower
-
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if recipe.head.objective == "contrastive":
-        with torch.device("meta"):
-            text = sum(parameter.numel() for parameter in build_text_tower(model.spec).parameters())
-        text += model.spec.vision.width * model.spec.embed_dim + 1  # projection and scale
-        head = sum(parameter.numel() for parameter in model.head.parameters())
-        return total + text, trainable + text - head
-    return total, trainable
-
-
-def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
+def plan_finetune(recipe: FinetuneRecipe, room: Room | None = None) -> dict[str, Any]:
     """The content of `python -m finetune RECIPE --plan`: the probe's fields, groups, memory (GiB) and hours.
 
     `lr_by_epoch` is of the last layers' groups, `min_lr_by_epoch` of the lowest bucket, means over steps. `hours` is
     for as many devices like this one as the recipe names; `hours_from` says what it was computed from, with the images
-    that are scored after every epoch (null where the data are not there; their time is then left out).
+    that are scored after every epoch (null where the data are not there; their time is then left out). Memory is that
+    of a GPU, also where there is none (`room` None).
     """
-    import torch
-
     check_recipe(recipe)
+    from finetune.activations import build_meta
+
     recipe, precision = settle_precision(recipe, planned=True)
-    from finetune.build import build_untrained
     from finetune.layer_decay import build_param_groups, describe_groups
 
     size = measure_data(recipe.data)
     steps = steps_per_epoch(size.train * recipe.augment.repeats, recipe.trainer.global_batch)
-    with torch.device("meta"):
-        model = build_untrained(recipe, size.classes, None)
+    model = build_meta(recipe, size.classes)
     section = recipe.optimizer
     groups = build_param_groups(model, section.lr, section.weight_decay, section.layer_decay)
-    total, trainable = count_parameters(recipe, model)
-    micro_batch, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
-    memory = _predict(recipe, model.spec, total, trainable, micro_batch, checkpointing)
+    micro_batch, checkpointing, memory, parameters = _settle(recipe, size.classes, room)
     speed = measure_tflops(recipe.trainer.precision)
     schedule = recipe.schedule
     rates = warmup_cosine(section.lr, schedule.final_lr, schedule.epochs, steps, schedule.warmup_epochs)
@@ -219,14 +111,15 @@ def plan_finetune(recipe: FinetuneRecipe) -> dict[str, Any]:
         "epochs": schedule.epochs,
         "lr_by_epoch": epoch_means(rates, schedule.epochs),
         "min_lr_by_epoch": epoch_means(rates * lowest, schedule.epochs),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
+        "trainable_parameters": parameters.trainable,
+        "total_parameters": parameters.total,
         "precision": precision,
         "image_size": model.spec.vision.image_size,
         "pos_embed": describe_pos_embed(recipe.model),
         "train_size": size.train,
         "num_classes": size.classes,
         "peak_memory_gib": round(memory.total, 2),
+        "memory_gib": {name: round(part, 3) for name, part in asdict(memory).items()},
         "hours": round(hours_of(recipe, model.spec, steps, size.evaluated or 0, checkpointing, speed), 4),
         "hours_from": {
             "matrix_product_tflops": round(speed, 3),
@@ -252,37 +145,34 @@ def hours_of(
     return training + predict_hours(spec, evaluated * epochs, 1.0 if recipe.ema.decay is None else 2.0, speed)
 
 
-def settle_batch(recipe: FinetuneRecipe, num_classes: int) -> tuple[FinetuneRecipe, Memory]:
-    """The recipe with micro-batch and checkpointing as the planner chooses them for this device, and its memory.
+def settle_batch(recipe: FinetuneRecipe, num_classes: int, room: Room | None) -> tuple[FinetuneRecipe, Memory]:
+    """The recipe with micro-batch and checkpointing as the planner chooses them for a device, and its memory.
 
     The model is built without its weights: what cannot be trained as the recipe says is found here.
+
+    Args:
+        recipe: with its precision settled.
+        num_classes: of the data.
+        room: the device's memory; None without a GPU.
 
     Raises:
         RecipeError: nothing fits.
         ValueError: blocks or layers to train that the model does not have; a missing extra.
     """
-    import torch
-
-    from finetune.build import build_untrained
-
-    with torch.device("meta"):
-        model = build_untrained(recipe, num_classes, None)
-    total, trainable = count_parameters(recipe, model)
-    size, checkpointing = choose_micro_batch(recipe, model.spec, total, trainable)
+    size, checkpointing, memory, _ = _settle(recipe, num_classes, room)
     trainer = replace(recipe.trainer, micro_batch=size, checkpointing=checkpointing)
-    return replace(recipe, trainer=trainer), _predict(recipe, model.spec, total, trainable, size, checkpointing)
+    return replace(recipe, trainer=trainer), memory
 
 
-def _predict(
-    recipe: FinetuneRecipe, spec: ModelSpec, total: int, trainable: int, micro_batch: int, checkpointing: bool
-) -> Memory:
-    return predict_memory(
-        spec,
-        total,
-        trainable,
-        micro_batch,
-        checkpointing=checkpointing,
-        ema=recipe.ema.decay is not None,
-        half=recipe.trainer.precision != "fp32",
-        moments={"adamw": 8, "adamw_8bit": 2, "sgd": 4}[recipe.optimizer.name],
-    )
+def _settle(recipe: FinetuneRecipe, num_classes: int, room: Room | None) -> tuple[int, bool, Memory, Parameters]:
+    """Micro-batch, recomputation and memory of a recipe, and its parameters."""
+    from finetune.activations import StepCounter
+
+    counter = StepCounter(recipe, num_classes)
+
+    @cache
+    def predict(micro_batch: int, checkpointing: bool) -> Memory:
+        return predict_memory(recipe, counter.parameters, counter.count(micro_batch, checkpointing=checkpointing))
+
+    size, checkpointing = choose_micro_batch(recipe, predict, room)
+    return size, checkpointing, predict(size, checkpointing), counter.parameters
