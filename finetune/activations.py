@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from eva_clip.models import DTYPES, EvaCLIP
 from finetune.build import build_untrained
-from finetune.contrastive import ClassTexts, contrastive_loss, texts_of
+from finetune.contrastive import ClassTexts, texts_of
+from finetune.contrastive_step import ContrastiveStep
 from finetune.fake_step import GPU, GpuKernels, Ledger, gpu_autocast, pass_back
 from finetune.memory import count_parameters
-from finetune.targets import classification_loss
+from finetune.targets import classification_losses
 
 if TYPE_CHECKING:
     from eva_clip.classifier import Classifier
@@ -168,12 +169,12 @@ class StepCounter:
         recipe, texts = self.recipe, texts_of(self.model)
         target = torch.zeros(len(images), dtype=torch.int64, device=GPU)
         if texts is not None:
-            return contrastive_loss(self.model.forward_features(images), target, texts)[0]
+            return ContrastiveStep(self.model, texts).score(images, target, len(images), 0, 1, 0, 1).total
         multi_label = recipe.data.labels == "multi"
         if multi_label or recipe.augment.mixup or recipe.augment.cutmix:
             target = torch.empty(len(images), self.num_classes, device=GPU)
         smoothing = recipe.regularisation.label_smoothing
-        return classification_loss(self.model(images), target, smoothing, multi_label=multi_label)
+        return classification_losses(self.model(images), target, smoothing, multi_label=multi_label).sum()
 
 
 def build_meta(recipe: FinetuneRecipe, num_classes: int) -> Classifier:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from eva_clip.models import DTYPES
-from eva_clip.specs import add_model_config, get_model_spec
+from eva_clip.specs import get_model_spec
 from finetune.activations import StepCounter, build_meta
 from finetune.contrastive import contrastive_loss
 from finetune.fake_step import GpuKernels, gpu_autocast
@@ -23,7 +22,12 @@ REPO = Path(__file__).resolve().parents[2]
 WHAT = ["all", "last_blocks", "norm", "bias", "lora"]
 FAMILIES = ["eva01", "eva02", "eva02_post_norm", "clip"]
 PLAIN = "regularisation.skip_dropped=false"
-CONTRASTIVE = ["head.pool=cls", "head.start=zero_shot", "head.objective=contrastive", "regularisation.label_smoothing=0"]
+CONTRASTIVE = [
+    "head.pool=cls",
+    "head.start=zero_shot",
+    "head.objective=contrastive",
+    "regularisation.label_smoothing=0",
+]
 
 
 def recipe(name: str, *overrides: str) -> FinetuneRecipe:
