@@ -164,7 +164,8 @@ def print_result(result: RunResult) -> None:
         print(f"  repeats  {line}")
     for baseline in result.baselines:
         difference = result.reported.top1 - baseline.top1
-        print(f" baseline  top-1 {baseline.top1:6.2f}  {baseline.name} (ours {difference:+.2f})")
+        near = "" if baseline.spread is None else "; {:.2f} to {:.2f} with settings near it".format(*baseline.spread)
+        print(f" baseline  top-1 {baseline.top1:6.2f}  {baseline.name} (ours {difference:+.2f}{near})")
     for item in result.expectations:
         measured = "not measured" if item.measured is None else f"{item.measured:.2f}"
         print(f" expected  {item.name} {item.expected:.2f}, measured {measured}: {item.verdict}")

@@ -49,7 +49,9 @@ class Baseline:
     top1: float
     """Top-1 accuracy in percent, on the split and samples of the reported score."""
     note: str
-    """How it was obtained, in one sentence."""
+    """How it was obtained, in a sentence or two."""
+    spread: tuple[float, float] | None = None
+    """Lowest and highest top-1 with settings close to the chosen one, in percent."""
 
 
 @dataclass(frozen=True)
