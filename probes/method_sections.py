@@ -24,7 +24,8 @@ class FewShotSection(Section):
 
     shots: list[int] = setting([])
     """Images of each class that are trained and chosen on; empty takes all of train. The hold-out comes out of them:
-    a quarter, of two or three images one; with one image nothing is chosen and `fixed` settings are taken."""
+    a quarter, of two or three images one; with one image nothing is chosen and `fixed` settings are taken. Without
+    a test split they are drawn outside of `data.holdout`, which is then reported."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

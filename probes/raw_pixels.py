@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from eva_clip.transforms import to_rgb
+from probes.draws import shares_images
 from probes.principal_axes import find_principal_axes
 from probes.results import Baseline
 from probes.softmax_path import fit_path
@@ -40,19 +43,20 @@ def raw_pixels_baseline(recipe: Recipe, splits: Splits, reported: Split) -> Base
     """
     skip = recipe.data.on_corrupt == "skip"
     parts, names = [read_pixels(splits.train, skip)], "train"
-    if splits.selection is not None and splits.selection is not reported:
+    if splits.selection is not None and not shares_images(splits.selection, reported):
         parts.append(read_pixels(splits.selection, skip))
         names += f" and {splits.selection.name}"
     pixels, targets = (torch.cat(column) for column in zip(*parts, strict=True))
     test, test_targets = read_pixels(reported, skip)
-    axes, classes = find_principal_axes(pixels), len(splits.classes)  # the same problem in fewer columns
-    train, test = axes.rotate(pixels.double()), axes.rotate(test.double())
-    chosen = choose_strength(train, targets, classes, recipe.run.seed)
-    last = min(chosen + NEIGHBOURS, len(STRENGTHS) - 1)
-    found = [
-        100 * float(((test @ point.weight.double().T + point.bias).argmax(dim=1) == test_targets).double().mean())
-        for point in fit_path(train, targets, classes, STRENGTHS[: last + 1], tolerance=TOLERANCE)
-    ]
+    with one_thread():
+        axes, classes = find_principal_axes(pixels), len(splits.classes)  # the same problem in fewer columns
+        train, test = axes.rotate(pixels.double()), axes.rotate(test.double())
+        chosen = choose_strength(train, targets, classes, recipe.run.seed)
+        last = min(chosen + NEIGHBOURS, len(STRENGTHS) - 1)
+        found = [
+            100 * float(((test @ point.weight.double().T + point.bias).argmax(dim=1) == test_targets).double().mean())
+            for point in fit_path(train, targets, classes, STRENGTHS[: last + 1], tolerance=TOLERANCE)
+        ]
     near = found[max(0, chosen - NEIGHBOURS) :]
     low, high = min(near), max(near)
     return Baseline(
@@ -63,6 +67,17 @@ def raw_pixels_baseline(recipe: Recipe, splits: Splits, reported: Split) -> Base
         f"decade from it top-1 is {low:.2f} to {high:.2f}. Another processor may move an image or two that are ties.",
         (low, high),
     )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: sums do not depend on their number, and on products this small they would only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_strength(features: torch.Tensor, targets: torch.Tensor, num_classes: int, seed: int) -> int:

@@ -22,7 +22,8 @@ class RunSection(Section):
     """Seed of sampling order, augmentation and initial weights; the hold-out has its own, `data.holdout_seed`."""
     seeds: list[int] = setting([])
     """Frozen features only: repeat with these seeds instead, from one extraction, each with a hold-out drawn from its
-    own seed. The first is reported in full, with mean and spread over all."""
+    own seed. The first is reported in full, with mean and spread over all. Without a test split each is scored on its
+    own hold-out."""
     on_existing: str = setting("error", choices=("error", "resume", "overwrite"))
     """What to do when the run folder already holds a run."""
 
