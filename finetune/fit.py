@@ -18,12 +18,12 @@ from finetune.build import build_recipe_classifier
 from finetune.contrastive import refresh_head
 from finetune.data import FinetuneData
 from finetune.module import FinetuneModule
+from finetune.plan import epoch_steps
 from finetune.sections import FinetuneRecipe
 from finetune.sharding import build_strategy, gather
 from finetune.views import FinetuneTransform
 from probes.checkpoints import KeepCheckpoints
 from probes.class_weights import balanced_weights, positive_weights
-from probes.plan import steps_per_epoch
 from probes.schedule import warmup_cosine
 from probes.trainer import build_trainer, find_checkpoint, run_training
 
@@ -95,7 +95,7 @@ def build_data(recipe: FinetuneRecipe, splits: Splits, model: Classifier) -> Fin
         build_eval_transform(size, mean, std),
         data=recipe.data,
         micro_batch=trainer.micro_batch,
-        samples_per_epoch=steps_per_epoch(len(splits.train), trainer.global_batch) * trainer.global_batch,
+        samples_per_epoch=epoch_steps(recipe, len(splits.train)) * trainer.global_batch,
         seed=recipe.run.seed,
     )
     data.repeats = recipe.augment.repeats

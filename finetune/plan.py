@@ -50,7 +50,16 @@ def check_recipe(recipe: FinetuneRecipe, train_size: int | None = None) -> None:
             "already; use one of the two"
         )
     if train_size is not None:
-        steps_per_epoch(train_size * recipe.augment.repeats, section.global_batch)
+        epoch_steps(recipe, train_size)
+
+
+def epoch_steps(recipe: FinetuneRecipe, train_size: int) -> int:
+    """Optimizer steps of one epoch, planned and run: repeated views take the place of other images.
+
+    Raises:
+        RecipeError: fewer images than one batch.
+    """
+    return steps_per_epoch(train_size, recipe.trainer.global_batch)
 
 
 def check_contrastive(recipe: FinetuneRecipe) -> None:
@@ -91,7 +100,7 @@ def plan_finetune(recipe: FinetuneRecipe, room: Room | None = None) -> dict[str,
     from finetune.layer_decay import build_param_groups, describe_groups
 
     size = measure_data(recipe.data)
-    steps = steps_per_epoch(size.train * recipe.augment.repeats, recipe.trainer.global_batch)
+    steps = epoch_steps(recipe, size.train)
     model = build_meta(recipe, size.classes)
     section = recipe.optimizer
     groups = build_param_groups(model, section.lr, section.weight_decay, section.layer_decay)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
+from finetune.__main__ import main
+from finetune.module import FinetuneModule
 from finetune.plan import check_recipe, plan_finetune, predict_memory
 from finetune.sections import FinetuneRecipe
 from probes.recipe import load_recipe
@@ -50,6 +53,31 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation():
     assert peak(16, True) < peak(16, False)
     assert peak(8, True) > 20 * total / 2**30  # weights, average, gradients and two moments in fp32
     assert peak(8, True, trainable=10**6) < peak(8, True) - 14
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [4, 12])
+def test_a_run_takes_the_planned_steps(repeats, micro_batch, png_digits, tiny_model, tmp_path, monkeypatch):
+    """48 images in batches of 12, each seen `repeats` times in its epoch."""
+    monkeypatch.chdir(tmp_path)
+    steps = []
+    step = FinetuneModule.optimizer_step
+    monkeypatch.setattr(FinetuneModule, "optimizer_step", lambda self, *args: (steps.append(1), step(self, *args)))
+    overrides = [*tiny_model.overrides, "data.format=folder", f"data.train={png_digits.train}", "data.holdout=0.0"]
+    overrides += [f"data.test={png_digits.test}", "trainer.global_batch=12", f"trainer.micro_batch={micro_batch}"]
+    overrides += ["head.start=fresh", "schedule.epochs=2", f"augment.repeats={repeats}", "run.dir=run"]
+    path = str(REPO / "recipes" / "quickstart" / "finetune.yaml")
+    planned = plan_finetune(load_recipe(path, overrides, FinetuneRecipe))
+    assert planned["accumulate"] == 12 // micro_batch
+    assert main([path, *overrides]) == 0
+    rows = [json.loads(line) for line in Path("run/log.txt").read_text().splitlines()]
+    assert len(steps) == 2 * planned["steps_per_epoch"] == 8
+    assert [row["train_lr"] for row in rows] == pytest.approx(planned["lr_by_epoch"])
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused_with_repeats_too():
+    with pytest.raises(RecipeError, match="global_batch 512 is larger than the 300 training images"):
+        check_recipe(recipe("imagenet1k/finetune_224", "augment.repeats=3", "model.weights=random"), 300)
 
 
 def test_batches_that_do_not_divide_are_refused():
