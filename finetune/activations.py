@@ -52,12 +52,23 @@ class Activations:
         return self.kept + self.copies + self.passing
 
 
-class _Recomputed(nn.Module):
-    """A block that keeps its input alone."""
-
+class _Wrapper(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        self.held: torch.Tensor | None = None
+
+
+class _Holding(_Wrapper):
+    """A block that keeps its input and what it needs, as while it is recomputed."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.held = x
+        return self.block(x, *args, **kwargs)
+
+
+class _Recomputed(_Wrapper):
+    """A block that keeps its input alone."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # The state of the random generator, which this would otherwise fetch, is a real GPU's.
@@ -94,24 +105,28 @@ class StepCounter:
         self.parameters = count_parameters(model)
         self.runs = find_runs(model)
         blocks = list(model.tower.blocks)
-        model.tower.blocks = nn.ModuleList(
-            block for run in self.runs for block in blocks[run.first : run.first + run.counted]
-        )
+        reduced = [block for run in self.runs for block in blocks[run.first : run.first + run.counted]]
+        model.tower.blocks = _alike(model.tower.blocks, reduced)
         with self._mode:
             self.model = model.to_empty(device=GPU).train()
+        for part in self.model.modules():
+            if isinstance(part, nn.BatchNorm1d):
+                part.eval()  # in training it refuses a single image
 
     def count(self, micro_batch: int, *, checkpointing: bool) -> Activations:
         """Bytes of one micro-batch; `checkpointing`: blocks are recomputed in the backward pass."""
         whole = self._measure(micro_batch, backward=True)
-        blocks = [self._block(micro_batch, run, whole) for run in self.runs]
         if not checkpointing:
+            blocks = self._blocks(micro_batch, whole)
             kept, copies = self._extend(whole, blocks)
             return Activations(kept - self._drop_paths(micro_batch, blocks), copies, whole.passing)
-        with self._recomputed():
-            inputs = self._measure(micro_batch)
-            saved = [self._block(micro_batch, run, inputs) for run in self.runs]
-        kept, copies = self._extend(inputs, saved)
-        again = max(block.total - save.total for block, save in zip(blocks, saved, strict=True))
+        with self._wrapped(_Recomputed):
+            kept_inputs = self._measure(micro_batch)
+            inputs = self._blocks(micro_batch, kept_inputs)
+        with self._wrapped(_Holding):
+            blocks = self._blocks(micro_batch, self._measure(micro_batch))
+        kept, copies = self._extend(kept_inputs, inputs)
+        again = max(block.total - given.total for block, given in zip(blocks, inputs, strict=True))
         return Activations(kept, copies, again + whole.passing)
 
     def _extend(self, counted: Activations, blocks: list[Activations]) -> tuple[int, int]:
@@ -120,14 +135,16 @@ class StepCounter:
         kept = counted.kept + sum(number * block.kept for number, block in more)
         return kept, counted.copies + sum(number * block.copies for number, block in more)
 
-    def _block(self, micro_batch: int, run: _Run, whole: Activations) -> Activations:
-        """What the last block of a run keeps: the difference that it makes."""
-        blocks = self.model.tower.blocks
-        last = sum(other.counted for other in self.runs if other.first <= run.first) - 1
-        self.model.tower.blocks = nn.ModuleList(block for number, block in enumerate(blocks) if number != last)
-        without = self._measure(micro_batch)
+    def _blocks(self, micro_batch: int, whole: Activations) -> list[Activations]:
+        """What the last block of every run keeps: the difference that it makes."""
+        found, blocks, last = [], self.model.tower.blocks, -1
+        for run in self.runs:
+            last += run.counted
+            self.model.tower.blocks = _alike(blocks, [block for number, block in enumerate(blocks) if number != last])
+            without = self._measure(micro_batch)
+            found.append(Activations(whole.kept - without.kept, whole.copies - without.copies, 0))
         self.model.tower.blocks = blocks
-        return Activations(whole.kept - without.kept, whole.copies - without.copies, 0)
+        return found
 
     def _drop_paths(self, micro_batch: int, blocks: list[Activations]) -> int:
         """Bytes that dropped paths leave out in all but the rarest of micro-batches.
@@ -142,9 +159,9 @@ class StepCounter:
         return max(0, int(mean - RARE * math.sqrt(variance)))
 
     @contextmanager
-    def _recomputed(self) -> Iterator[None]:
+    def _wrapped(self, wrapper: type[_Wrapper]) -> Iterator[None]:
         blocks = self.model.tower.blocks
-        self.model.tower.blocks = nn.ModuleList(_Recomputed(block) for block in blocks)
+        self.model.tower.blocks = _alike(blocks, [wrapper(block) for block in blocks])
         try:
             yield
         finally:
@@ -196,6 +213,11 @@ def find_runs(model: Classifier) -> list[_Run]:
         numbers = list(group)
         runs.append(_Run(numbers[0], tuple(_drop_rate(blocks[number]) for number in numbers)))
     return runs
+
+
+def _alike(container: nn.Module, blocks: list[nn.Module]) -> Any:
+    """Blocks in a container of the same kind: EVA's are a list, CLIP's a sequence that is called."""
+    return nn.Sequential(*blocks) if isinstance(container, nn.Sequential) else nn.ModuleList(blocks)
 
 
 def _describe(block: nn.Module) -> tuple[object, ...]:

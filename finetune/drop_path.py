@@ -25,6 +25,20 @@ def draw_kept(batch: int, rate: float) -> torch.Tensor:
     return (torch.rand(batch) >= rate).nonzero().flatten()
 
 
+class _IndexAdd(torch.autograd.Function):
+    """`index_add` on the first dimension that keeps no copy of what it adds; torch's keeps it for its shape alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(kept)
+        return x.index_add(0, kept, update)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        (kept,) = ctx.saved_tensors
+        return gradients[0], None, gradients[0].index_select(0, kept)
+
+
 def add_kept(x: torch.Tensor, branch: Branch, rate: float) -> torch.Tensor:
     """`x + DropPath(rate)(branch(x))` on tokens [B, T, D], with the branch computed for the kept samples alone.
 
@@ -40,7 +54,8 @@ def add_kept(x: torch.Tensor, branch: Branch, rate: float) -> torch.Tensor:
         kept, scale = torch.zeros(1, dtype=torch.int64), 0.0
     kept = kept.to(x.device, non_blocking=True)
     update = branch(x[kept]) * scale
-    return x.index_add(0, kept, update.to(x.dtype))
+    added: torch.Tensor = _IndexAdd.apply(x, kept, update.to(x.dtype))
+    return added
 
 
 class _Skipping:
