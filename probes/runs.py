@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from probes.launch import is_first_process
+from probes.launch import agree_on_folder, is_first_process
 from probes.precision import precision_section, processor_name
 from probes.recipe import dump_recipe, load_run_recipe
 from probes.resume import changed_keys, describe_changes
@@ -55,10 +55,11 @@ class RunFolder:
         In all but the first of a trainer's processes this neither looks at the folder's content nor changes it.
 
         Raises:
-            RecipeError: the folder holds a run and `run.on_existing` is "error"; it holds something else; or the run
-                to resume is finished or had another recipe (the differing keys are named).
+            RecipeError: the folder holds a run and `run.on_existing` is "error"; it holds something else; the run to
+                resume is finished or had another recipe (the differing keys are named); or several processes have no
+                way to agree on a new folder.
         """
-        path = Path(recipe.run.dir) if recipe.run.dir else _fresh_path(recipe_path)
+        path = Path(recipe.run.dir or agree_on_folder(lambda launch: _fresh_path(recipe_path, launch)))
         if not is_first_process():
             started = recipe.run.on_existing == "resume" and any(path.glob("checkpoints/*.ckpt"))
             return cls(path, resumed=started, writes=False)
@@ -164,11 +165,13 @@ def _commit() -> str:
         return "none"
 
 
-def _fresh_path(recipe_path: str) -> Path:
-    """`logs/<folder>-<recipe>-<time>`, with a counter when two runs start in one second."""
+def _fresh_path(recipe_path: str, launch: str = "") -> Path:
+    """`logs/<folder>-<recipe>-<launch>`; without a launch's name the time, and a counter for runs of one second."""
     recipe = Path(recipe_path).resolve()
-    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    first = Path("logs") / f"{recipe.parent.name}-{recipe.stem}-{time}"
+    base = Path("logs") / f"{recipe.parent.name}-{recipe.stem}"
+    if launch:
+        return base.with_name(f"{base.name}-{launch}")
+    first = base.with_name(f"{base.name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}")
     path, count = first, 1
     while path.exists():
         count += 1
