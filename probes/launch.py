@@ -64,7 +64,7 @@ def agree_on_folder(choose: Callable[[str], Path]) -> Path:
 
 def _tell_by_store(choose: Callable[[], str]) -> str:
     """The first process's answer, in every process of a torchrun."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     first = is_first_process()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
