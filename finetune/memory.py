@@ -148,9 +148,9 @@ def choose_micro_batch(
             return size, checkpointing
     needed = predict(sizes[0], ways[-1]).total
     raise RecipeError(
-        f"the smallest step needs about {needed:.1f} GiB, and {room.free:.1f} of the device's {room.total:.1f} are "
-        "free; try tune.what=lora or last_blocks, ema.decay=null, trainer.checkpointing=true, several devices with "
-        "trainer.strategy=fsdp2, a smaller model, or end what else uses the device"
+        f"the smallest step needs about {needed:.1f} GiB, and the device has {room.free:.1f} free of "
+        f"{room.total:.1f}; try tune.what=lora or last_blocks, ema.decay=null, trainer.checkpointing=true, several "
+        "devices with trainer.strategy=fsdp2, a smaller model, or end what else uses the device"
     )
 
 

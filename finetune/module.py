@@ -18,7 +18,7 @@ from finetune.ema import WeightAverage
 from finetune.layer_decay import build_param_groups
 from finetune.objective import ClassObjective
 from finetune.optim import build_optimizer
-from finetune.sharding import is_sharded, shard
+from finetune.sharding import clear_gradients, is_sharded, shard
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.sampling import seeded_generator
@@ -183,10 +183,13 @@ class FinetuneModule(LightningModule):
         the memory.
         """
         super().optimizer_step(*args, **kwargs)
-        drop_gradients(self.model)
+        clear_gradients(self.trainer.strategy.model or self.model)
         self._images = []
         if self.ema is not None:
             self.ema.update(self.model)
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: the step before has done it."""
 
     def on_validation_start(self) -> None:
         """Heads made of texts belong to the weights of now."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -32,7 +33,7 @@ def build_strategy(section: TrainerSection) -> str | Strategy:
             timeout=timeout,
         )
     if section.strategy == "ddp" or processes > 1:
-        return DDPStrategy(timeout=timeout)
+        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)  # else every gradient is there twice
     return "auto"
 
 
@@ -53,6 +54,19 @@ def shard(model: Classifier, mesh: DeviceMesh, precision: str) -> None:
     for block in model.tower.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=half)
     fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=whole)
+
+
+def clear_gradients(wrapped: torch.nn.Module) -> None:
+    """Drop the gradients of a model as a strategy has wrapped it; DDP's, which lie in its buckets, become 0 there.
+
+    The buckets stay in any case: of a gradient that leaves them there would be a second one while micro-batches add up.
+    """
+    in_buckets = isinstance(wrapped, DistributedDataParallel) and wrapped.gradient_as_bucket_view
+    for parameter in wrapped.parameters():
+        if in_buckets and parameter.grad is not None:
+            parameter.grad.zero_()
+        else:
+            parameter.grad = None
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
