@@ -29,7 +29,8 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     """One run, from recipe to report and a model that timm opens."""
     start = time.monotonic()
     from finetune.memory import measure_room
-    from finetune.plan import check_recipe, settle_batch
+    from finetune.plan import check_recipe
+    from finetune.resume import settle_recipe, write_settled
     from finetune.start_check import check_start
     from finetune.unseen import seen_by_fine_tune
     from probes.finish import finish_run, reported_split
@@ -46,13 +47,14 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     reported = reported_split(splits)
     check_recipe(recipe, len(splits.train))
     recipe, precision = settle_precision(recipe)
-    planned, memory = settle_batch(recipe, len(splits.classes), measure_room())
+    planned, memory, changed = settle_recipe(recipe, len(splits.classes), measure_room())
     check_start(recipe, splits)
     run = RunFolder.create(recipe, recipe_path)
+    write_settled(run, planned)
     run.record_data(describe(splits))
     seen_by_fine_tune(recipe, splits).joined(earlier).write(run)
     reference = read_reference(recipe.expected, splits.notes)
-    print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
+    print(f"run folder: {run.path}", *splits.notes, *changed, sep="\nnote: ", flush=True)
 
     from finetune.finish import collect_precisions, export, load_reported
     from finetune.fit import fit_classifier

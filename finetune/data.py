@@ -26,8 +26,8 @@ class ResumableSampler(EpochSampler):
 class ResumableLoader(SplitLoader):
     """A loader that Lightning can save and restore inside an epoch.
 
-    Its state is the number of batches handed out, not of those that workers have prepared; a restored loader's length
-    stays that of a whole epoch.
+    Its state is the number of images handed out, over all processes, not of those that workers have prepared: batches
+    of another size go on at the same image. A restored loader's length stays that of a whole epoch.
     """
 
     handed_out = 0
@@ -42,15 +42,17 @@ class ResumableLoader(SplitLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches handed out in the present epoch."""
-        return {"batches": self.handed_out % max(len(self), 1)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass begin after `state["batches"]` batches."""
-        sampler = self.sampler
+        """Images handed out in the present epoch."""
+        sampler, batches = self.sampler, self.handed_out % max(len(self), 1)
         assert isinstance(sampler, ResumableSampler)
         assert self.batch_size is not None
-        sampler.skip = int(state["batches"]) * self.batch_size
+        return {"images": batches * self.batch_size * sampler.world_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass begin after `state["images"]` images."""
+        sampler = self.sampler
+        assert isinstance(sampler, ResumableSampler)
+        sampler.skip = int(state["images"]) // sampler.world_size
 
 
 class FinetuneData(ImageDataModule):

@@ -18,6 +18,7 @@ from finetune.ema import WeightAverage
 from finetune.layer_decay import build_param_groups
 from finetune.objective import ClassObjective
 from finetune.optim import build_optimizer
+from finetune.resume import convert_position
 from finetune.sharding import clear_gradients, is_sharded, shard
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
@@ -251,10 +252,12 @@ class FinetuneModule(LightningModule):
             "selected": self.selected,
             "steps": self._steps,
             "train_meter": self._meter("train").totals(),
+            "accumulate": self.trainer.accumulate_grad_batches,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
+        convert_position(checkpoint, self.trainer.accumulate_grad_batches)
         state = checkpoint["finetune"]
         self._ema_state = state["ema"]
         if self.ema is not None:  # a sharding strategy restores after `on_fit_start`
