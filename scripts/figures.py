@@ -61,9 +61,9 @@ class Bench:
             cache = ["features.cache=" + str(self.folder / "features")] if module in STORES else []
             self.call(module, *command[1:], *cache, f"run.dir={run}")
             self.done[command] = run
-            for item in result_of(run).get("expectations", []):
-                if item["verdict"] != "reached":
-                    self.missed.append(f"{' '.join(command)}: {item['name']} {item['expected']} -> {item['measured']}")
+            unreached = [row for row in result_of(run).get("expectations", []) if row["verdict"] != "reached"]
+            for row in [] if overrides else unreached:  # a changed recipe need not reach the figure
+                self.missed.append(f"{recipe}.yaml: {row['name']} is {row['measured']}, not {row['expected']}")
         return self.done[command]
 
     def call(self, module: str, *arguments: str) -> str:
