@@ -20,7 +20,9 @@ SETTLED = "settled.json"
 """In a run folder: `micro_batch` and `checkpointing` as the planner settled them when the run was started."""
 
 
-def settle_recipe(recipe: FinetuneRecipe, num_classes: int, room: Room | None) -> tuple[FinetuneRecipe, Memory, list[str]]:
+def settle_recipe(
+    recipe: FinetuneRecipe, num_classes: int, room: Room | None
+) -> tuple[FinetuneRecipe, Memory, list[str]]:
     """The recipe with micro-batch and recomputation settled, its memory, and what a reader must know.
 
     A run that goes on keeps those that it was started with, and with them its random draws, as long as the device
