@@ -25,6 +25,7 @@ from finetune.views import FinetuneTransform
 from probes.checkpoints import KeepCheckpoints
 from probes.class_weights import balanced_weights, positive_weights
 from probes.schedule import warmup_cosine
+from probes.sections import RecipeError
 from probes.trainer import build_trainer, find_checkpoint, run_training
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ def build_recipe_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
     processes = section.devices * section.nodes
     return build_trainer(
         run.path,
-        [KeepCheckpoints(run.path / "checkpoints", recipe.checkpoint.every_steps, recipe.checkpoint.keep)],
+        [
+            KeepCheckpoints(run.path / "checkpoints", recipe.checkpoint.every_steps, recipe.checkpoint.keep),
+            SameBatch(section.micro_batch),
+        ],
         max_epochs=recipe.schedule.epochs,
         devices=section.devices,
         num_nodes=section.nodes,
@@ -118,6 +122,27 @@ def build_recipe_trainer(recipe: FinetuneRecipe, run: RunFolder) -> pl.Trainer:
         accumulate_grad_batches=section.global_batch // (section.micro_batch * processes),
         log_every_n_steps=50,
     )
+
+
+class SameBatch(Callback):
+    """Ends a run whose processes have planned different micro-batches, as they may where other memory is free."""
+
+    def __init__(self, micro_batch: int) -> None:
+        self.micro_batch = micro_batch
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare. All processes fail together, so that none waits for another.
+
+        Raises:
+            RecipeError: they differ.
+        """
+        own = torch.tensor([self.micro_batch], device=trainer.strategy.root_device)
+        found = sorted({int(size) for size in trainer.strategy.all_gather(own).flatten()})
+        if len(found) > 1:
+            raise RecipeError(
+                f"the processes planned micro-batches of {found}: other memory is free on their devices; "
+                f"set trainer.micro_batch={found[0]}"
+            )
 
 
 def save_selected(run: RunFolder, module: FinetuneModule, weights: str) -> None:

@@ -1,8 +1,9 @@
-"""Gradients of data-parallel training are there once."""
+"""Data-parallel training: gradients are there once, and processes agree on the micro-batch."""
 
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.fake_step import Ledger
+from finetune.fit import SameBatch
 from finetune.sections import TrainerSection
 from finetune.sharding import build_strategy, clear_gradients
+from probes.sections import RecipeError
 
 SIDE = 256
 
@@ -57,3 +60,13 @@ def test_gradients_of_one_process_go():
     plain(torch.ones(1, 3)).sum().backward()
     clear_gradients(plain)
     assert all(parameter.grad is None for parameter in plain.parameters())
+
+
+def test_processes_that_planned_different_micro_batches_end_together():
+    """The strategy's gathered values stand in for a second process with less free memory."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), all_gather=lambda own: torch.stack([own, own // 2]))
+    trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(RecipeError, match=r"micro-batches of \[8, 16\].* set trainer.micro_batch=8"):
+        SameBatch(16).on_fit_start(trainer, None)
+    strategy.all_gather = lambda own: torch.stack([own, own])
+    SameBatch(16).on_fit_start(trainer, None)
