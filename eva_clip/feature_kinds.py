@@ -8,9 +8,12 @@ evaluation). A pool is kinds joined by "+", such as "cls+gap" or "cls_last4+gap"
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from eva_clip.class_token import class_token_alone
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +87,9 @@ def take_kinds(tower: Eva, images: torch.Tensor, kinds: Sequence[str]) -> dict[s
         )
         last = [prefix[:, 0] for _, prefix in levels]  # n tensors [B, D], the final block's last
     else:
-        tokens, last = tower.forward_features(images), []  # [B, 1 + N, D]
+        alone = class_token_alone(tower) if "gap" not in kinds else contextlib.nullcontext()
+        with alone:
+            tokens, last = tower.forward_features(images), []  # [B, 1 + N, D]
     found = {}
     for kind in kinds:
         if kind == "cls":

@@ -30,6 +30,25 @@ def test_features_are_what_they_say():
         assert encoder.feature_dim == expected.shape[1] == definition.feature_dim(encoder.spec)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["tiny-eva01", "tiny-eva02", "tiny-post-norm", "tiny-clip", "tiny-quick"])
+def test_the_class_token_alone_is_the_whole_towers(name, randomise):
+    encoder, _ = build_encoder(name, "random", definition=FeatureDefinition(projected=True))
+    randomise(encoder)
+    pictures, rows = images()[:, :, :32, :32], []
+    tower = encoder.tower
+    tokens = tower.forward_features(pictures)
+    hook = tower.blocks[-1].mlp.register_forward_hook(lambda *given: rows.append(given[2].shape[1]))
+    for kinds in (["cls"], ["projected"], ["cls", "projected"], ["cls", "gap"]):
+        found = encoder.take_kinds(pictures, kinds)
+        expected = {"cls": tokens[:, 0], "gap": tokens[:, 1:].mean(dim=1), "projected": tower.head(tokens[:, 0])}
+        for kind in kinds:
+            torch.testing.assert_close(found[kind], expected[kind], rtol=1e-5, atol=1e-5)
+    hook.remove()
+    assert rows == [1, 1, 1, 17], "only the mean needs the patch tokens of the last block"
+    assert torch.equal(tower.forward_features(pictures), tokens), "the tower itself is as before"
+
+
 def test_frozen_in_earnest():
     encoder, _ = build_encoder("nano")
     before = encoder.weights_sha256()
