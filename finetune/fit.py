@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from safetensors.torch import load_file, save_file
 
 from eva_clip.transforms import build_eval_transform
