@@ -56,24 +56,17 @@ def execute(recipe: FinetuneRecipe, recipe_path: str) -> None:
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, *changed, sep="\nnote: ", flush=True)
 
-    from finetune.finish import collect_precisions, export, load_reported
+    from finetune.finish import collect_precisions, export, load_reported, score_reported
     from finetune.fit import fit_classifier
     from probes.multi_label_finish import finish_multi_label
-    from probes.scoring import label_scores, predict, predict_logits
+    from probes.scoring import label_scores, predict
 
     fitted = fit_classifier(planned, splits, run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
     weights = load_reported(run, fitted)
-    model = fitted.module.model
-    device = next(model.parameters()).device
-    loader = fitted.data.loader(reported.name)
-    scored = predict_logits(model, loader, device, "image", recipe.trainer.precision)
+    scored = score_reported(fitted, reported.name)
     samples = len(scored[1])
     result = summarise(recipe, recipe_path, splits, fitted, reported, samples)
-    if recipe.tune.what == "lora":
-        from finetune.lora import merge_lora
-
-        merge_lora(model)
-    export(run, model)
+    export(run, fitted.module)
     result.facts["weights of model.safetensors"] = weights
     result.facts["precision"] = precision
     result.facts["peak memory"] = describe_peak(memory.tensors)

@@ -11,10 +11,12 @@ from eva_clip.export import save_for_timm
 from finetune.build import build_untrained
 from finetune.fit import Fitted, load_selected, weights_of
 from finetune.sections import ExpectedSection
-from finetune.sharding import is_sharded
+from finetune.sharding import EveryPass, gather, is_sharded, load_whole
 from probes.finite import best_row
 from probes.multi_label import PrecisionScore
+from probes.processes import join_trainer
 from probes.results import Expectation, Score
+from probes.trainer import predict_split
 
 if TYPE_CHECKING:
     from eva_clip.classifier import Classifier
@@ -88,13 +90,20 @@ def load_reported(run: RunFolder, fitted: Fitted) -> str:
             }
             said = {"kind": "classifier", "pool": module.model.pool, "weights": kind, "epoch": "last"}
             save_file(named, run.path / f"last_{kind}.safetensors", {"model": module.model.spec.name, **said})
-    if is_sharded(module.model):  # from here on every process has a whole model
-        module.model = build_untrained(module.recipe, module.model.num_classes, None)
     if module.selected is not None:
         load_selected(run, module)
         return f"{module.selected['weights']} of epoch {module.selected['epoch']}"
-    module.model.load_state_dict(states[kinds[-1]])
+    load_whole(module.model, states[kinds[-1]])
     return f"{kinds[-1]} of the last epoch"
+
+
+def score_reported(fitted: Fitted, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, C] of a split and its images' positions, on the training's devices, each image on one of them."""
+    module = fitted.module
+    every_pass = is_sharded(module.model)
+    model = EveryPass(module.model, module.model.spec.vision.image_size) if every_pass else module.model
+    with join_trainer():
+        return predict_split(module.trainer, model, fitted.data.loader(name), "image", every_pass=every_pass)
 
 
 @torch.no_grad()
@@ -113,7 +122,21 @@ def fold_batch_norm(model: Classifier) -> Classifier:
     return model
 
 
-def export(run: RunFolder, model: Classifier) -> None:
-    """`model.safetensors` and `config.json`: `timm.create_model("local-dir:RUN", pretrained=True)` opens the folder."""
-    if run.writes:
-        save_for_timm(fold_batch_norm(model), run.path)
+def export(run: RunFolder, module: FinetuneModule) -> None:
+    """`model.safetensors` and `config.json`: `timm.create_model("local-dir:RUN", pretrained=True)` opens the folder.
+
+    The module's model is used up; all processes must call this together.
+    """
+    model = module.model
+    if is_sharded(model):
+        state = gather(model.state_dict())
+        model = build_untrained(module.recipe, model.num_classes, None)
+        model.load_state_dict(state)
+    if not run.writes:
+        return
+    model.cpu()
+    if module.recipe.tune.what == "lora":
+        from finetune.lora import merge_lora
+
+        merge_lora(model)
+    save_for_timm(fold_batch_norm(model), run.path)

@@ -21,7 +21,7 @@ from finetune.data import FinetuneData
 from finetune.module import FinetuneModule
 from finetune.plan import epoch_steps
 from finetune.sections import FinetuneRecipe
-from finetune.sharding import build_strategy, gather
+from finetune.sharding import build_strategy, gather, load_whole
 from finetune.views import FinetuneTransform
 from probes.checkpoints import KeepCheckpoints
 from probes.class_weights import balanced_weights, positive_weights
@@ -159,7 +159,7 @@ def save_selected(run: RunFolder, module: FinetuneModule, weights: str) -> None:
 
 def load_selected(run: RunFolder, module: FinetuneModule) -> None:
     """Put the selected weights into the module's model."""
-    module.model.load_state_dict(load_file(run.path / "checkpoints" / "selected.safetensors"))
+    load_whole(module.model, load_file(run.path / "checkpoints" / "selected.safetensors"))
 
 
 def weights_of(module: FinetuneModule, weights: str) -> dict[str, torch.Tensor]:

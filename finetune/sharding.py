@@ -84,3 +84,31 @@ def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
     target.copy_(whole)
+
+
+@torch.no_grad()
+def load_whole(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put whole tensors of all names into a model that may be sharded; all processes must call it together."""
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    for name, tensor in own.items():
+        copy_whole(tensor, state[name])
+
+
+class EveryPass(torch.nn.Module):
+    """A sharded model that answers empty batches too: each pass gathers weights from all processes.
+
+    Args:
+        model: images [B, 3, S, S] to logits [B, C].
+        size: S, pixels.
+    """
+
+    def __init__(self, model: torch.nn.Module, size: int) -> None:
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C], also for B = 0."""
+        shown = images if len(images) else images.new_zeros(1, 3, self.size, self.size)
+        logits: torch.Tensor = self.model(shown)
+        return logits[: len(images)]

@@ -194,4 +194,4 @@ def fit_chosen(recipe: Recipe, splits: Splits, fit: BankFit, tables: Tables) -> 
         evaluation_names=[name for name in table if name != "train"],
         encoder_sha256=table["train"].encoder.sha256,
     )
-    return Fitted(module, table["train"].encoder, {}, build_data(recipe, splits, recipe_spec(recipe)), table)
+    return Fitted(module, table["train"].encoder, build_data(recipe, splits, recipe_spec(recipe)), table)

@@ -8,9 +8,11 @@ import torch
 
 from eva_clip.models import NoTextTowerError, build_model
 from probes.embedding import embed_images
+from probes.extraction import extraction_device
 from probes.finite import check_scores
 from probes.fit import Fitted, fit_probe
 from probes.heads import build_zero_shot_weights
+from probes.processes import on_main
 from probes.prompts import readable
 from probes.raw_pixels import raw_pixels_baseline
 from probes.results import Baseline
@@ -26,6 +28,8 @@ def compute_baselines(
 ) -> tuple[list[Baseline], list[str]]:
     """The baselines that a recipe asks for, each trained and chosen on the same samples as the probe.
 
+    Under `join_trainer` the processes share the images of the zero-shot baseline, and the first reads the raw pixels.
+
     Returns:
         The baselines, and one sentence for each that was asked for and cannot be had.
     """
@@ -37,7 +41,7 @@ def compute_baselines(
             why = str(error).partition(", so ")[0]
             notes.append(f"The zero-shot baseline was left out: {why}.")
     if recipe.baselines.raw_pixels:
-        found.append(raw_pixels_baseline(recipe, splits, reported))
+        found.append(on_main(lambda: raw_pixels_baseline(recipe, splits, reported)))
     if recipe.baselines.random_encoder:
         found.append(_random_encoder(recipe, splits, reported))
     return found, notes
@@ -57,8 +61,9 @@ def _random_encoder(recipe: Recipe, splits: Splits, reported: Split) -> Baseline
 def _zero_shot(recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) -> Baseline:
     size = recipe.model.image_size
     model, _ = build_model(recipe.model.name, recipe.model.weights, image_size=size, pos_embed=recipe.model.pos_embed)
+    model.to(extraction_device())
     names = [readable(name) for name in splits.classes]
-    weights = build_zero_shot_weights(model, names, [recipe.baselines.prompt])
+    weights = build_zero_shot_weights(model, names, [recipe.baselines.prompt]).cpu()
     images, index = embed_images(model, fitted.data.loader(reported.name, 64), reported.name)
     scores = images @ weights.T
     check_scores(scores, index, reported)

@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from probes.processes import share_batches
 from probes.sampling import EpochSampler, seeded_generator
 from probes.sections import DataSection, RecipeError
 from probes.source_contract import decode as decode  # an image's bytes, for callers of this module
@@ -158,32 +159,39 @@ class ImageDataModule(LightningDataModule):
         split = self.splits.train
         sampler = EpochSampler(len(split), self.samples_per_epoch, self.seed, *self._rank_and_world_size())
         dataset = SplitDataset(split, self.train_transform, self.seed, self.data.on_corrupt)
-        return self._build_loader(dataset, sampler, self.micro_batch, drop_last=True, keep_workers=True)
+        return self._build_loader(dataset, sampler, self.micro_batch, drop_last=True)
 
     def val_dataloader(self) -> list[SplitLoader]:
         """This process's share of the evaluation splits; over all processes each sample comes once."""
         rank, world_size = self._rank_and_world_size()
-        return [
-            self._evaluation_loader(name, self.micro_batch, rank, world_size, keep_workers=True)
-            for name in self.evaluation_names
-        ]
+        loaders = []
+        for name in self.evaluation_names:
+            split = self.splits.named[name]
+            dataset = SplitDataset(split, self.eval_transform, self.seed, self.data.on_corrupt)
+            share = range(rank, len(split), world_size)
+            loaders.append(self._build_loader(dataset, share, self.micro_batch, drop_last=False))
+        return loaders
 
     def loader(self, name: str, batch_size: int | None = None) -> SplitLoader:
-        """All of a split ("train", "holdout", "val", "test") under the evaluation view, in order."""
-        return self._evaluation_loader(name, batch_size or self.micro_batch, 0, 1, keep_workers=False)
+        """All of a split ("train", "holdout", "val", "test") under the evaluation view, in order.
+
+        Under `probes.processes.join_trainer` this process's whole batches of it.
+        """
+        split = self.splits.named[name]
+        batches = share_batches(len(split), batch_size or self.micro_batch)
+        return SplitLoader(
+            SplitDataset(split, self.eval_transform, self.seed, self.data.on_corrupt),
+            batch_sampler=batches,
+            num_workers=min(self.data.workers, available_cores(), len(batches)),
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=seeded_generator(self.seed),
+        )
 
     def note_skipped(self, split_name: str, batch: Mapping[str, Any]) -> None:
         """Remember which images of a consumed batch were left out."""
         split = self.splits.named[split_name]
         self.skipped[split_name].update(split.source.keys[split.indices[index]] for index in batch["skipped"])
-
-    def _evaluation_loader(
-        self, name: str, batch_size: int, rank: int, world_size: int, *, keep_workers: bool
-    ) -> SplitLoader:
-        split = self.splits.named[name]
-        dataset = SplitDataset(split, self.eval_transform, self.seed, self.data.on_corrupt)
-        share = range(rank, len(split), world_size)
-        return self._build_loader(dataset, share, batch_size, drop_last=False, keep_workers=keep_workers)
 
     def _build_loader(
         self,
@@ -192,7 +200,6 @@ class ImageDataModule(LightningDataModule):
         batch_size: int,
         *,
         drop_last: bool,
-        keep_workers: bool,
         loader_class: type[SplitLoader] = SplitLoader,
     ) -> SplitLoader:
         workers = min(self.data.workers, available_cores(), -(-len(sampler) // batch_size))
@@ -204,7 +211,7 @@ class ImageDataModule(LightningDataModule):
             collate_fn=collate,
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=keep_workers and workers > 0,
+            persistent_workers=workers > 0,
             # Without one of its own a loader draws its workers' seed from the ambient generator.
             generator=seeded_generator(self.seed),
         )

@@ -10,7 +10,7 @@ from eva_clip.models import DTYPES, build_model
 from eva_clip.specs import add_model_config
 from eva_clip.transforms import build_eval_transform
 from probes.data import SplitDataset, SplitLoader, available_cores, collate
-from probes.processes import gather_rows, share
+from probes.processes import gather_rows, share, share_batches
 from probes.progress import track
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def evaluation_loader(model: EvaCLIP, split: Split, data: DataSection, batch: in
     """A split under the model's evaluation view, in order; under `join_processes` this process's whole batches."""
     spec = model.spec
     transform = build_eval_transform(spec.vision.image_size, spec.image_mean, spec.image_std)
-    starts = share(range(0, len(split), batch))
-    batches = [list(range(start, min(start + batch, len(split)))) for start in starts]
+    batches = share_batches(len(split), batch)
     return SplitLoader(
         SplitDataset(split, transform, 0, data.on_corrupt),
         batch_sampler=batches,

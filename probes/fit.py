@@ -21,11 +21,12 @@ from probes.extraction import load_tables
 from probes.head_start import recipe_class_weights, start_head
 from probes.module import LinearProbe
 from probes.plan import steps_per_epoch
+from probes.processes import share
 from probes.sampling import EpochSampler
 from probes.schedule import warmup_cosine
 from probes.sections import Recipe, RecipeError
 from probes.store_table import EncoderFacts, FeatureTable
-from probes.trainer import build_trainer, find_checkpoint, run_training
+from probes.trainer import build_trainer, find_checkpoint, predict_split, run_training
 
 if TYPE_CHECKING:
     from eva_clip.encoder import VisionEncoder
@@ -84,11 +85,18 @@ class Fitted:
 
     module: LinearProbe
     encoder: EncoderFacts
-    loaders: dict[str, Any]
-    """Evaluation batches by split name, each sample once, in order."""
     data: ImageDataModule
     tables: Mapping[str, FeatureTable] | None = None
     """Stored features by split name; None where the encoder ran at every step."""
+
+    def predict(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, C] of the head as it is on a split, and the samples' positions; see `predict_logits`."""
+        if self.tables is None:
+            batches: Any = self.data.loader(name)
+        else:
+            table = self.tables[name]
+            batches = DataLoader(FeatureRows(table), sampler=share(_in_order(len(table))), batch_size=None)
+        return predict_split(self.module.trainer, self.module, batches)
 
 
 def fit_probe(
@@ -126,7 +134,7 @@ def fit_probe(
     else:
         encoder, report = build_recipe_encoder(recipe, weights)
         facts, data = EncoderFacts.of(encoder, report), build_data(recipe, splits, encoder.spec)
-        train, evaluation = None, {name: data.loader(name) for name in data.evaluation_names}
+        train, evaluation = None, {}
     trainer_section, schedule = recipe.trainer, recipe.schedule
     if train is None:
         steps = data.samples_per_epoch // trainer_section.global_batch
@@ -150,7 +158,7 @@ def fit_probe(
         print(f"note: {note}", flush=True)
     loaders = {"train_dataloaders": train, "val_dataloaders": list(evaluation.values())}
     run_training(trainer, module, checkpoint, **({"datamodule": data} if train is None else loaders))
-    return Fitted(module, facts, evaluation, data, tables)
+    return Fitted(module, facts, data, tables)
 
 
 def build_data(recipe: Recipe, splits: Splits, spec: ModelSpec) -> ImageDataModule:

@@ -70,12 +70,14 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
     from probes.baselines import compute_baselines
-    from probes.scoring import label_scores, predict, predict_logits
+    from probes.processes import join_trainer
+    from probes.scoring import label_scores, predict
 
     fitted = fit_probe(recipe, splits, run=run, on_row=EpochLines(run, recipe.schedule.epochs, reference))
     module = fitted.module
     module.load_reported_head()
-    scored = predict_logits(module, fitted.loaders[reported.name], module.device)
+    with join_trainer():
+        scored = fitted.predict(reported.name)
     save_head(run, recipe, fitted.encoder, recipe.head.kind, module.head.state_dict(), splits.classes, [splits.train])
     samples = len(scored[1])
     result = summarise(recipe, Path(recipe_path), splits, fitted, reported, samples)
@@ -85,7 +87,8 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
         finish_multi_label(run, recipe, result, precisions, label_scores(*scored, reported))
         return
     result.repeats.extend(repeat_seeds(recipe, splits, fitted, result.reported))
-    baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
+    with join_trainer():
+        baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
     result.baselines.extend(baselines)
     result.notes.extend(left_out)
     if reference:

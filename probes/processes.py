@@ -37,6 +37,8 @@ class World:
 
 # Not torch.distributed's own state: a trainer's process group must not change what a function below does.
 _world = World()
+_group: Any = None
+"""Of the exchange of rows, where it is not the default one."""
 
 
 def world() -> World:
@@ -86,6 +88,28 @@ def join_processes() -> Iterator[World]:
         distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def join_trainer() -> Iterator[World]:
+    """Join the processes that a trainer has trained on, also after its end; alone where it was one.
+
+    Rows are exchanged in main memory, whatever the trainer exchanged gradients by.
+    """
+    global _world, _group
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        yield _world
+        return
+    _group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    _world = World(distributed.get_rank(), distributed.get_world_size())
+    try:
+        yield _world
+        distributed.barrier(_group)
+    finally:
+        distributed.destroy_process_group(_group)
+        _world, _group = World(), None
+
+
 def on_main(function: Callable[[], T]) -> T:
     """The main process's result, in every process; its failure ends the others without a message of their own.
 
@@ -101,9 +125,9 @@ def on_main(function: Callable[[], T]) -> T:
         try:
             box = [(function(),)]
         finally:
-            distributed.broadcast_object_list(box)
+            distributed.broadcast_object_list(box, group=_group)
     else:
-        distributed.broadcast_object_list(box)
+        distributed.broadcast_object_list(box, group=_group)
     if box[0] is None:
         raise SystemExit(2)  # the main process says why
     result: T = box[0][0]
@@ -115,11 +139,18 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[_world.rank :: _world.size]
 
 
+def share_batches(count: int, size: int) -> list[list[int]]:
+    """This process's batches of `count` positions in order, as many as any other's: the last may be empty."""
+    starts = range(0, count, size)
+    batches = [list(range(start, min(start + size, count))) for start in share(starts)]
+    return batches + [[]] * (-(-len(starts) // _world.size) - len(batches))
+
+
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of all processes in ascending order of their positions; shares may be uneven or empty.
 
     Args:
-        rows: [n, ...] on the CPU; same shape past the first and same type in all processes.
+        rows: [n, ...] on the CPU; same shape past the first, where n > 0, and same type in all processes.
         index: int64 [n], positions; over all processes each occurs once.
 
     Returns:
@@ -137,15 +168,15 @@ def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Concatenation over the processes of tensors that differ in their first dimension only."""
+    """Concatenation over the processes of tensors that differ in their first dimension only; where it is 0, in any."""
     import torch
     from torch import distributed
 
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(_world.size)]
-    distributed.all_gather(counts, torch.tensor([len(tensor)]))
-    most = max(int(count) for count in counts)
-    padded = tensor.new_zeros(most, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
+    shapes: list[Any] = [None] * _world.size
+    distributed.all_gather_object(shapes, tuple(tensor.shape), group=_group)
+    largest = max(shapes, key=lambda shape: shape[0])
+    padded = tensor.new_zeros(largest)
+    padded[: len(tensor)] = tensor.view(len(tensor), *largest[1:])
     received = [torch.empty_like(padded) for _ in range(_world.size)]
-    distributed.all_gather(received, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(received, counts, strict=True)])
+    distributed.all_gather(received, padded, group=_group)
+    return torch.cat([part[: shape[0]] for part, shape in zip(received, shapes, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ import torch
 from probes.finite import best_row, check_scores
 from probes.multi_label import LabelScores
 from probes.precision import mixed_precision
+from probes.processes import gather_rows
 from probes.results import Predictions, Score
 
 if TYPE_CHECKING:
@@ -25,26 +27,32 @@ def predict_logits(
     batches: Iterable[dict[str, Any]],
     device: torch.device,
     entry: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
+    *,
+    every_pass: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits float32 [N, C] of every readable sample, each once, and their positions in the split, int64 [N].
+
+    Under `join_trainer` the batches are this process's, as `share_batches` deals them, and the rows come from all.
+    Positions ascend.
 
     Args:
         model: is put into evaluation mode.
         batches: of one split.
         device: where the model is.
         entry: what of a batch the model takes, such as "image"; None gives it the batch.
-        precision: that fp32 weights compute in, as they do in training.
+        precision: that fp32 weights compute in, as they do in training; None leaves it to the context around.
+        every_pass: the model takes empty batches too, because the processes must run it equally often.
     """
     model.eval()
-    rows, index = [], []
-    with mixed_precision(precision, device):
+    rows, index = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+    with mixed_precision(precision, device) if precision else contextlib.nullcontext():
         for batch in batches:
-            if len(batch["target"]):
+            if len(batch["target"]) or every_pass:
                 moved: dict[str, torch.Tensor] = {k: batch[k].to(device) for k in ("features", "image") if k in batch}
                 rows.append(model(moved if entry is None else moved[entry]).float().cpu())
                 index.append(batch["index"])
-    return torch.cat(rows), torch.cat(index)
+    return gather_rows(torch.cat(rows[1:] or rows), torch.cat(index))
 
 
 def label_scores(logits: torch.Tensor, index: torch.Tensor, split: Split, *, log_odds: bool = True) -> LabelScores:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.callbacks import Callback, RichProgressBar
@@ -16,6 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from probes.checkpoints import Terminated, newest_readable
 from probes.progress import is_terminal
+from probes.scoring import predict_logits
 
 if TYPE_CHECKING:
     from probes.runs import RunFolder
@@ -66,7 +68,7 @@ def find_checkpoint(run: RunFolder | None) -> tuple[Path | None, list[str]]:
 
 
 def run_training(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Path | None, **data: Any) -> None:
-    """`trainer.fit` on loaders or a data module, from a checkpoint on if there is one.
+    """`trainer.fit` on loaders or a data module, from a checkpoint on if there is one; the module stays on its device.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C.
@@ -78,3 +80,12 @@ def run_training(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Pa
         if trainer.interrupted and not isinstance(stop, Terminated):  # Lightning turns Ctrl-C into a silent exit
             raise KeyboardInterrupt from stop
         raise
+    module.to(trainer.strategy.root_device)  # Lightning has moved it into main memory; there is scoring still to do
+
+
+def predict_split(
+    trainer: pl.Trainer, model: torch.nn.Module, batches: Any, entry: str | None = None, *, every_pass: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`predict_logits` on the trainer's devices, in the precision that its validation has."""
+    with trainer.precision_plugin.val_step_context():
+        return predict_logits(model, batches, trainer.strategy.root_device, entry, every_pass=every_pass)

@@ -20,10 +20,10 @@ from eva_clip.models import DTYPES
 from eva_clip.specs import add_model_config
 from finetune.activations import StepCounter, build_meta
 from finetune.build import build_untrained
-from finetune.contrastive import contrastive_loss
+from finetune.contrastive_step import ContrastiveStep
 from finetune.fake_step import GpuKernels, Ledger, gpu_autocast, pass_back
 from finetune.sections import FinetuneRecipe
-from finetune.targets import classification_loss
+from finetune.targets import classification_losses
 from probes.recipe import load_recipe
 
 REPO = Path(__file__).resolve().parents[2]
@@ -86,9 +86,9 @@ def saved_bytes(recipe: FinetuneRecipe, classes: int, micro_batch: int, *, check
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, gpu_autocast(half), GpuKernels(classes):
             if recipe.head.objective == "contrastive":
-                loss, _ = contrastive_loss(model.forward_features(images), target, model.texts)
+                loss = ContrastiveStep(model, model.texts).score(images, target, len(images), 0, 1, 0, 1).total
             else:
-                loss = classification_loss(model(images), target, recipe.regularisation.label_smoothing)
+                loss = classification_losses(model(images), target, recipe.regularisation.label_smoothing).sum()
         assert loss.requires_grad
         return sum(size for storage, size in found.items() if not storage.expired())
 
@@ -146,9 +146,9 @@ def allocated(model: Classifier, images: torch.Tensor, *, checkpointing: bool) -
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     target = torch.zeros(len(images), dtype=torch.int64)
-    classification_loss(model(images), target, 0.0).backward()
+    classification_losses(model(images), target, 0.0).sum().backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        classification_loss(model(images), target, 0.0).backward()
+        classification_losses(model(images), target, 0.0).sum().backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     assert sum(steps) == 0
@@ -179,7 +179,7 @@ def test_dropped_paths_keep_less_and_never_more_than_planned(small):
     for _ in range(60):
         ledger = Ledger(model.parameters(), model.buffers())
         with ledger:
-            loss = classification_loss(model(images), torch.zeros(16, dtype=torch.int64), 0.0)
+            loss = classification_losses(model(images), torch.zeros(16, dtype=torch.int64), 0.0).sum()
         found.append(ledger.alive + images.nbytes)
         del loss
     planned = StepCounter(asked, 10).count(16, checkpointing=False).kept
