@@ -23,7 +23,8 @@ class HeadSection(Section):
     """Run folder of a probe on the class token, or its head.safetensors."""
     objective: str = setting("classes", choices=("classes", "contrastive"))
     """"classes": cross-entropy of the classifier (published); "contrastive": images against the prompts of their
-    classes, with the text tower trained along (FLYP); needs start "zero_shot"."""
+    classes, with the text tower trained along (FLYP); needs start "zero_shot". Every image of the global batch is held
+    against all its prompts: in micro-batches that takes one more forward pass."""
     prompt: str = "{}"
     """Text of a class for "zero_shot"; `{}` is its name, with `-` and `_` read as spaces."""
 
@@ -107,7 +108,7 @@ class RegularisationSection(Section):
     """Share of the target that is spread over all classes; with several labels an image, over yes and no."""
     class_weights: str = setting("none", choices=("none", "auto"))
     """"auto" weighs the loss of a class by the inverse of its share of train; with several labels an image, that of
-    its positives by how many negatives there are for one."""
+    its positives by how many negatives there are for one. The mean is over the images of a step."""
 
 
 @dataclass

@@ -158,7 +158,7 @@ class HeadSection(Section):
     prompt: str = "{}"
     """Text of a class for "zero_shot"; `{}` is its name, with `-` and `_` read as spaces."""
     class_weights: str = setting("none", choices=("none", "auto"))
-    """"auto" weighs the loss of a class by the inverse of its share of train."""
+    """"auto" weighs the loss of a class by the inverse of its share of train. The mean is over the images of a step."""
 
 
 @dataclass

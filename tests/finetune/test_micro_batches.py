@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from probes.sampling import EpochSampler
+
 REPO = Path(__file__).resolve().parents[2]
 EPOCHS = 2
 COMMON = ["data.workers=0", "data.on_corrupt=skip", "trainer.global_batch=8", "trainer.precision=fp32"]
@@ -19,7 +21,16 @@ FINETUNE += ["regularisation.label_smoothing=0.1", "regularisation.class_weights
 FINETUNE += ["optimizer.lr=0.05", "optimizer.beta1=0.5", "ema.decay=0.5", "data.holdout=0.0"]
 PROBE = [str(REPO / "recipes" / "custom" / "linear_folder.yaml"), "head.kind=linear", "head.class_weights=auto"]
 PROBE += ["features.mode=online", "optimizer.name=sgd", "optimizer.lr=1.0", "data.holdout=0.0"]
-COMMANDS = {"finetune": FINETUNE, "probes.linear": PROBE}
+CONTRASTIVE = [str(REPO / "recipes" / "quickstart" / "finetune.yaml"), "head.start=zero_shot", "head.pool=cls"]
+CONTRASTIVE += ["head.objective=contrastive", "optimizer.name=sgd", "optimizer.lr=0.02", "optimizer.beta1=0.5"]
+CONTRASTIVE += ["ema.decay=0.5", "data.holdout=0.0"]
+COMMANDS = {
+    ("finetune", "single"): ("finetune", FINETUNE),
+    ("finetune", "multi"): ("finetune", FINETUNE),
+    ("contrastive", "single"): ("finetune", CONTRASTIVE),
+    ("probes.linear", "single"): ("probes.linear", PROBE),
+    ("probes.linear", "multi"): ("probes.linear", PROBE),
+}
 
 
 @pytest.fixture
@@ -45,13 +56,14 @@ def pictures(write_digits, tmp_path):
 
 @pytest.fixture
 def train(tiny_model, pictures, tmp_path, run_process):
-    """`train(command, labels, *overrides)`: rows of the log, and the weights at the end."""
+    """`train(kind, *overrides)`: rows of the log, and the weights at the end."""
     from finetune.__main__ import main as finetune
     from probes.linear import main as linear
 
-    def run(command: str, labels: str, *more: str, apart: bool = False):
+    def run(kind: tuple[str, str], *more: str, apart: bool = False):
+        command, given = COMMANDS[kind]
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        argv = [*COMMANDS[command], *tiny_model.overrides, *pictures[labels], *COMMON, f"run.dir={folder}", *more]
+        argv = [*given, *tiny_model.overrides, *pictures[kind[1]], *COMMON, f"run.dir={folder}", *more]
         if apart:
             outcome = run_process(["-m", command, *argv], tmp_path)
             assert outcome.code == 0, outcome.err[-3000:]
@@ -77,20 +89,45 @@ def assert_same(found, wanted) -> None:
             )
 
 
-@pytest.mark.parametrize("labels", ["single", "multi"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_losses_and_weights_do_not_depend_on_the_micro_batch(train, command, labels):
-    whole = train(command, labels, "trainer.micro_batch=8")
+@pytest.mark.parametrize("kind", COMMANDS, ids="-".join)
+def test_losses_and_weights_do_not_depend_on_the_micro_batch(train, kind):
+    whole = train(kind, "trainer.micro_batch=8")
     for size in (4, 2, 1):
-        assert_same(train(command, labels, f"trainer.micro_batch={size}"), whole)
+        assert_same(train(kind, f"trainer.micro_batch={size}"), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("labels", ["single", "multi"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_losses_and_weights_do_not_depend_on_the_processes(train, command, labels, size):
+@pytest.mark.parametrize("kind", COMMANDS, ids="-".join)
+def test_losses_and_weights_do_not_depend_on_the_processes(train, kind, size):
     """With micro-batches of one image, some processes have nothing to read while the others train."""
-    whole = train(command, labels, "trainer.micro_batch=8")
+    whole = train(kind, "trainer.micro_batch=8")
     two = ["trainer.devices=2", "trainer.strategy=ddp", f"trainer.micro_batch={size}"]
-    assert_same(train(command, labels, *two, apart=True), whole)
+    assert_same(train(kind, *two, apart=True), whole)
+
+
+@pytest.mark.slow
+def test_sharded_weights_take_part_without_an_image(train):
+    whole = train(("finetune", "single"), "trainer.micro_batch=8")
+    two = ["trainer.devices=2", "trainer.strategy=fsdp2", "trainer.micro_batch=1"]
+    assert_same(train(("finetune", "single"), *two, apart=True), whole)
+
+
+@pytest.mark.slow
+def test_groups_without_two_readable_images_leave_batch_norm_alone(train, pictures):
+    """On two processes: the running statistics count the groups of both that have two images, and no other."""
+    more = ["head.kind=bn_linear", "trainer.devices=2", "trainer.strategy=ddp", "trainer.micro_batch=2"]
+    _, states = train(("probes.linear", "single"), *more, apart=True)
+    folder = Path(pictures["single"][1].removeprefix("data.train="))
+    readable = [path.read_bytes() != b"no picture" for path in sorted(folder.rglob("*.png"))]
+    order = EpochSampler(len(readable), 32, seed=0)
+    groups = []
+    for epoch in range(EPOCHS):
+        order.set_epoch(epoch)
+        seen = [readable[index] for _, index in order]
+        for rank in range(2):
+            groups += [seen[rank::2][start : start + 2] for start in range(0, 16, 2)]
+    assert min(map(sum, groups)) < 2
+    (tracked,) = (value for name, value in states["head"].items() if name.endswith("num_batches_tracked"))
+    assert int(tracked) == sum(all(group) for group in groups)
+    assert all(torch.isfinite(tensor).all() for tensor in states["head"].values())
