@@ -70,7 +70,7 @@ def newest_step(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_are_one_also_when_stopped(start, one, engine):
-    two = [engine, f"trainer.strategy={engine}", "trainer.devices=2"]
+    two = [engine, f"trainer.strategy={engine}", "trainer.devices=2", "trainer.micro_batch=2"]  # each adds up two
     process, folder = start(*two)
     wait_for_checkpoint(process, folder)
     process.send_signal(signal.SIGTERM)
