@@ -1,19 +1,22 @@
 """Feature extraction on one batch of photographs at each library's defaults: ours, open_clip's and timm's.
 
-    python -m benchmarks.features [MODEL] [LAYERS]
+    python -m benchmarks.features [MODEL] [LAYERS] [--precision auto|fp32|bf16]
 
 The encoder has the model's shape (default OpenAI-CLIP-ViT-L-14's width, cut to 4 layers so that a round takes seconds)
-and one set of seeded weights for all three. Ours is the recipes' default (bf16), theirs is fp32. Rounds take turns; a
-ratio is of two times of one round. The cosine is of the embedded model's real weights and of this encoder, bf16
-against fp32, the lowest of all images. With a GPU the images/s and the share of a measured matrix product are printed.
+and one set of seeded weights for all three. Ours is the recipes' default ("auto": bf16 where the device multiplies it
+natively, else fp32), theirs is fp32. Rounds take turns; a ratio is of two times of one round. The cosine is of the
+embedded model's real weights and of this encoder, against fp32, the lowest of all images. The device is named, and the
+share of a measured matrix product printed. `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` stands for a processor
+without bf16.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
-import sys
 import time
+from collections.abc import Callable
 
 import torch
 from sklearn.datasets import load_sample_images
@@ -22,9 +25,12 @@ from torch.nn import functional as F
 from eva_clip import build_encoder
 from eva_clip.encoder import FeatureDefinition, VisionEncoder
 from eva_clip.flops import vision_gflop
+from eva_clip.models import DTYPES
 from eva_clip.specs import get_model_spec
 from eva_clip.towers import build_vision_tower
 from eva_clip.transforms import build_eval_transform
+from probes.precision import settle_precision
+from probes.sections import Recipe, TrainerSection
 
 BATCH, ROUNDS = 8, 5
 
@@ -60,23 +66,46 @@ def matrix_peak(dtype: torch.dtype, device: str) -> float:
     return best
 
 
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="OpenAI-CLIP-ViT-L-14")
+    parser.add_argument("layers", nargs="?", type=int, default=4)
+    parser.add_argument("--precision", default=TrainerSection().precision, help="ours")
+    return parser.parse_args()
+
+
+def measure(ways: dict[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
+    """Seconds of every round."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for round_number in range(ROUNDS + 1):
+        for way, call in ways.items():
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_number:  # the first warms up
+                times[way].append(time.perf_counter() - start)
+    return times
+
+
 def main() -> None:
     """Print Markdown tables."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "OpenAI-CLIP-ViT-L-14"
-    layers = int(sys.argv[2]) if len(sys.argv) > 2 else 4
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    spec = get_model_spec(name)
-    spec = dataclasses.replace(spec, vision=dataclasses.replace(spec.vision, layers=layers))
+    arguments = parse()
+    recipe, said = settle_precision(Recipe(trainer=TrainerSection(precision=arguments.precision)))
+    precision, device = recipe.trainer.precision, "cuda" if torch.cuda.is_available() else "cpu"
+    spec = get_model_spec(arguments.model)
+    spec = dataclasses.replace(spec, vision=dataclasses.replace(spec.vision, layers=arguments.layers))
     torch.manual_seed(0)
     tower = build_vision_tower(spec).eval()
     state = tower.state_dict()
 
-    def build(dtype: torch.dtype) -> VisionEncoder:
+    def build(name: str) -> VisionEncoder:
         copy = build_vision_tower(spec).eval()
         copy.load_state_dict(state)
-        return VisionEncoder(copy, spec, FeatureDefinition()).to(device, dtype)
+        return VisionEncoder(copy, spec, FeatureDefinition()).to(device, DTYPES[name])
 
-    ours, full = build(torch.bfloat16), build(torch.float32)
+    ours, full = build(precision), build("fp32")
     plain = tower.to(device)  # what timm.create_model gives: fp32, forward_features, then the class token
     images = crops(spec.vision.image_size).to(device)
 
@@ -88,32 +117,27 @@ def main() -> None:
         with torch.no_grad():
             plain(images)
 
-    ways = {"ours, bf16": lambda: ours(images), "timm, fp32": by_timm, "open_clip, fp32": by_open_clip}
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for round_number in range(ROUNDS + 1):
-        for way, call in ways.items():
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_number:  # the first warms up
-                times[way].append(time.perf_counter() - start)
-    print(f"{name}, {layers} of {get_model_spec(name).vision.layers} layers, {BATCH} images, {device}\n")
-    print("| way | images/s, median | ours over it, median (min-max) |\n|---|---|---|")
+    own = f"ours, {precision}"
+    times = measure({own: lambda: ours(images), "timm, fp32": by_timm, "open_clip, fp32": by_open_clip}, device)
+    layers = get_model_spec(arguments.model).vision.layers
+    print(
+        f"{arguments.model}, {arguments.layers} of {layers} layers, {BATCH} images, {torch.get_num_threads()} threads"
+    )
+    print(f"ours: {said}\n\n| way | images/s, median | ours over it, median (min-max) |\n|---|---|---|")
     for way, values in times.items():
-        ratios = [theirs / mine for theirs, mine in zip(values, times["ours, bf16"], strict=True)]
+        ratios = [theirs / mine for theirs, mine in zip(values, times[own], strict=True)]
         print(
             f"| {way} | {BATCH / statistics.median(values):.2f} | {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f}-{max(ratios):.2f}) |"
         )
-    rate = BATCH / statistics.median(times["ours, bf16"]) * vision_gflop(spec.vision) / 1e3
-    peak = matrix_peak(torch.bfloat16, device)
-    print(f"\n{rate:.2f} TFLOP/s, {100 * rate / peak:.0f} % of a bf16 matrix product's {peak:.2f}")
-    nano = {way: build_encoder("EVA01-CLIP-nano", precision=way)[0].to(device) for way in ("fp32", "bf16")}
+    rate = BATCH / statistics.median(times[own]) * vision_gflop(spec.vision) / 1e3
+    peak = matrix_peak(DTYPES[precision], device)
+    print(f"\n{rate:.2f} TFLOP/s, {100 * rate / peak:.0f} % of a {precision} matrix product's {peak:.2f}")
+    nano = {way: build_encoder("EVA01-CLIP-nano", precision=way)[0].to(device) for way in ("fp32", precision)}
     small = crops(nano["fp32"].spec.vision.image_size).to(device)
     print(
         f"lowest cosine to fp32: {lowest_cosine(full, ours, images):.5f} here, "
-        f"{lowest_cosine(nano['fp32'], nano['bf16'], small):.5f} EVA01-CLIP-nano"
+        f"{lowest_cosine(nano['fp32'], nano[precision], small):.5f} EVA01-CLIP-nano"
     )
 
 

@@ -96,7 +96,7 @@ def settle_precision(recipe: R, device: Device | None = None, *, planned: bool =
             f"note: {name}.precision is bf16, for which {device.name} has no instructions: it takes 3 to 6 times as "
             f"long as fp32; {name}.precision=auto takes fp32 here"
         )
-    ability = "which multiplies bf16 natively" if device.native_bf16 else "which has no bf16 instructions"
+    ability = "which multiplies bf16 natively" if device.native_bf16 else "which does not multiply bf16 natively"
     said = f"{settled} ({'auto' if asked == 'auto' else 'as asked'}; {device.name}, {ability})"
     section = dataclasses.replace(getattr(recipe, name), precision=settled)
     return dataclasses.replace(recipe, **{name: section}), said  # type: ignore[type-var]
