@@ -147,7 +147,7 @@ def test_every_family_is_a_probes_encoder_at_any_size(name, tmp_path, randomise)
         assert report.resized == {"visual.pos_embed": (17, 37)}
     small, _ = build_encoder(name, str(path), definition=FeatureDefinition(projected=True))
     with torch.no_grad():
-        assert torch.equal(small(images()), model.encode_image(images()))
+        assert torch.allclose(small(images()), model.encode_image(images()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokenizer", ["ours", "clip's, int32"])
