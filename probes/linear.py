@@ -69,7 +69,6 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
     reference = read_reference(recipe.expected, splits.notes)
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
 
-    from probes.baselines import compute_baselines
     from probes.processes import join_trainer
     from probes.scoring import label_scores, predict
 
@@ -86,17 +85,25 @@ def execute(recipe: Recipe, recipe_path: str) -> None:
         precisions = collect_precisions(module, samples, reported.name)
         finish_multi_label(run, recipe, result, precisions, label_scores(*scored, reported))
         return
-    result.repeats.extend(repeat_seeds(recipe, splits, fitted, result.reported))
-    with join_trainer():
-        baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
-    result.baselines.extend(baselines)
-    result.notes.extend(left_out)
+    add_comparisons(result, recipe, splits, fitted, reported)
     if reference:
         result.facts["published curve"] = reference.summarise(run.read_log())
     result.facts.update(precision=precision, duration=f"{time.monotonic() - start:.0f} s")
     finish_run(
         run, recipe, result, predict(*scored, reported), reported, reference_log=reference.rows if reference else None
     )
+
+
+def add_comparisons(result: RunResult, recipe: Recipe, splits: Splits, fitted: Fitted, reported: Split) -> None:
+    """Add what the run is beside: other seeds, and baselines."""
+    from probes.baselines import compute_baselines
+    from probes.processes import join_trainer
+
+    result.repeats.extend(repeat_seeds(recipe, splits, fitted, result.reported))
+    with join_trainer():
+        baselines, left_out = compute_baselines(recipe, splits, fitted, reported)
+    result.baselines.extend(baselines)
+    result.notes.extend(left_out)
 
 
 def repeat_seeds(recipe: Recipe, splits: Splits, fitted: Fitted, first: Score) -> list[dict[str, Any]]:

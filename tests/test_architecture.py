@@ -20,7 +20,7 @@ MODULES = sorted(path for package in ALLOWED for path in (REPO / package).rglob(
 LIGHT = ["probes.recipe", "probes.sections", "probes.cli", "probes.runs", "probes.results", "probes.linear"]
 LIGHT += ["probes.sources", "probes.splits", "probes.plan", "probes.progress", "eva_clip", "eva_clip.specs"]
 HEAVY = ["torch", "torchvision", "timm", "open_clip", "pytorch_lightning", "lightning", "torchmetrics", "sklearn"]
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 60
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".j2", ".csv", ".txt", ".cfg", ".sh", ""}
 
 
@@ -143,7 +143,7 @@ def test_help_and_recipe_mistakes_answer_without_torch(run_process, tmp_path, ar
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_and_functions_are_small(path):
     source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= MAX_FILE_LINES
+    assert len(source.splitlines()) <= MAX_FILE_LINES, "would two ideas live better apart?"
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1} lines"

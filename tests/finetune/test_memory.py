@@ -71,7 +71,7 @@ def test_the_giant_fits_eight_devices_of_16_gib(precision):
 
 
 def test_eva02_l14_at_336_is_planned_at_what_80_gib_hold():
-    asked, room = recipe("finetune_eva02_l14_336"), Room(free=78.5, total=79.1)
+    asked, room = recipe("finetune_eva02_l14_336", "trainer.precision=bf16"), Room(free=78.5, total=79.1)
     planned, memory = settle_batch(asked, 1000, room)
     assert (planned.trainer.micro_batch, planned.trainer.checkpointing) == (64, False)
     assert memory.total <= room.free
@@ -81,7 +81,7 @@ def test_eva02_l14_at_336_is_planned_at_what_80_gib_hold():
 
 
 def test_free_memory_counts_not_all_of_it():
-    asked = recipe("finetune_eva02_b16")
+    asked = recipe("finetune_eva02_b16", "trainer.precision=bf16")
     alone, _ = settle_batch(asked, 1000, Room(free=23.5, total=24.0))
     shared, memory = settle_batch(asked, 1000, Room(free=8.0, total=24.0))
     assert shared.trainer.micro_batch < alone.trainer.micro_batch
@@ -128,7 +128,7 @@ def test_parameters_are_counted_with_the_text_side():
 
 
 def test_the_plan_lists_the_parts():
-    plan = plan_finetune(recipe("finetune_eva02_b16"), Room(free=23.5, total=24.0))
+    plan = plan_finetune(recipe("finetune_eva02_b16", "trainer.precision=bf16"), Room(free=23.5, total=24.0))
     assert sum(plan["memory_gib"].values()) + OVERHEAD_GIB == pytest.approx(plan["peak_memory_gib"], abs=0.01)
     assert plan["memory_gib"]["weights"] == pytest.approx(4 * plan["total_parameters"] / GIB, abs=1e-3)
     assert plan["peak_memory_gib"] <= 23.5

@@ -46,7 +46,7 @@ BROKEN = [math.nan, math.inf, -math.inf]
 
 @pytest.fixture
 def splits(png_digits) -> Splits:
-    return prepare_splits(DataSection(train=str(png_digits.train), test=str(png_digits.test), holdout=0.25), 0)
+    return prepare_splits(DataSection(train=str(png_digits.train), test=str(png_digits.test), holdout=0.25))
 
 
 @pytest.mark.parametrize("value", BROKEN)

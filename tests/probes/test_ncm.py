@@ -150,7 +150,7 @@ def test_the_command_chooses_repeats_reports_and_compares(run, capsys):
     best = max(rows, key=lambda row: float(row["acc1"]))
     (score,) = result["scores"]
     assert score["setting"] == f"shrinkage = {float(best['shrinkage']):.6g}"
-    assert (score["chosen_by"], score["split"], result["method"]) == ("holdout", "test", "probes.ncm")
+    assert (score["chosen_by"], score["split"], result["method"]) == ("shots_holdout", "test", "probes.ncm")
     report = Path("run/report.html").read_text(encoding="utf-8")
     assert "given the class of the nearest mean in the features of" in report
     assert "All 4 repetitions" in report

@@ -268,12 +268,12 @@ def test_shots_are_not_drawn_from_the_holdout_that_is_reported(name, start):
 
 def shots_by_hand(argv: list[str], seed: int) -> np.ndarray:
     path = next(item for item in argv if item.startswith("data.train=")).removeprefix("data.train=")
-    train = prepare_splits(DataSection(format="csv", train=path, holdout=HELD), seed).train
+    train = prepare_splits(DataSection(format="csv", train=path, holdout=HELD, holdout_seed=seed)).train
     return choose_shots(train.targets, train.keys, 1, seed)
 
 
 def test_what_was_drawn_shares_no_image_with_what_is_reported(tables):
-    splits = prepare_splits(DataSection(format="csv", train=str(tables["digits"]), holdout=HELD), 0)
+    splits = prepare_splits(DataSection(format="csv", train=str(tables["digits"]), holdout=HELD))
     assert splits.selection is not None
     drawn = with_shots(splits, 8, 0)
     for part in (drawn.train, drawn.selection):

@@ -35,7 +35,7 @@ def build(png_digits, tmp_path):
         recipe = load_recipe(
             path, [f"data.train={png_digits.train}", f"data.test={png_digits.test}", *overrides], Recipe
         )
-        return recipe, prepare_splits(recipe.data, 0)
+        return recipe, prepare_splits(recipe.data)
 
     return prepare
 
