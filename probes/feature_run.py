@@ -107,21 +107,19 @@ def execute_method(recipe: MethodRecipe, recipe_path: str, method: Method) -> No
     from probes.seen import note_seen_weights
     from probes.splits import prepare_splits
 
-    asked, recipe = recipe, with_first_seed(recipe)
     check_model(recipe.model)
-    splits = prepare_splits(recipe.data, multi_label=True)
+    splits = prepare_splits(with_first_seed(recipe).data, multi_label=True)
     if splits.train.multi_hot is not None:
         check_repetitions(recipe)
     note_seen_weights(recipe.model.weights, splits)
     reported = reported_split(splits, "" if recipe.few_shot.shots else method.setting, recipe.run.seeds)
     check_choice(recipe, splits, method)
-    asked, precision = settle_precision(asked)
+    asked, precision = settle_precision(recipe)
     recipe = with_first_seed(asked)
     repetitions = [draw_repetition(recipe, splits, *item) for item in list_repetitions(recipe)]
     run = RunFolder.create(asked, recipe_path)
     run.record_data(describe_draws(splits, repetitions))
     print(f"run folder: {run.path}", *splits.notes, sep="\nnote: ", flush=True)
-
     if splits.train.multi_hot is not None:
         execute_multi_label(recipe, recipe_path, method, splits, reported, run, precision)
         return
