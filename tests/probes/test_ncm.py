@@ -158,7 +158,7 @@ def test_the_command_chooses_repeats_reports_and_compares(run, capsys):
     assert run("run.dir=knn", main=probes.knn.main) == 0
     capsys.readouterr()
     assert probes.compare.main(["run", "knn"]) == 0
-    assert f"| probes.ncm | {score['setting']}, by holdout | {score['top1']:.2f} |" in capsys.readouterr().out
+    assert f"| probes.ncm | {score['setting']}, by shots_holdout | {score['top1']:.2f} |" in capsys.readouterr().out
 
 
 def test_all_of_train_with_and_without_a_covariance(run):
