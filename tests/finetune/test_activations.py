@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,3 +215,31 @@ def test_the_graph_is_passed_through_as_autograd_does():
         assert ledger.alive == 0
         peaks.append(ledger.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=1e-3)
+
+
+def test_a_process_that_has_planned_can_train_and_be_forked():
+    """Without a GPU, autograd must not take the plan's fake ones for devices: no fork survives its threads for them."""
+    program = """
+import os, torch
+from finetune.activations import StepCounter
+from finetune.sections import FinetuneRecipe
+from probes.recipe import load_recipe
+overrides = ["data.train=nowhere", "model.name=EVA02-CLIP-B-16", "trainer.precision=bf16"]
+recipe = load_recipe("recipes/custom/finetune_folder.yaml", overrides, FinetuneRecipe)
+StepCounter(recipe, 10).count(1, checkpointing=False)
+def train():
+    torch.zeros((), requires_grad=True).backward()
+train()
+child = os.fork()
+if child == 0:
+    try:
+        train()
+        os._exit(0)
+    finally:
+        os._exit(1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", program]
+    outcome = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
