@@ -100,7 +100,7 @@ class StepCounter:
         self.recipe, self.num_classes = recipe, num_classes
         # autograd counts devices at its first backward pass and starts a thread for each; without a GPU it would count
         # fake ones, and a process with such threads cannot be forked.
-        torch.zeros((), requires_grad=True).backward()
+        torch.autograd.backward(torch.zeros((), requires_grad=True))
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         # How many samples keep their paths is chance, and cannot be told from fake tensors: see `_drop_paths`.
         every_path = replace(recipe, regularisation=replace(recipe.regularisation, skip_dropped=False))
