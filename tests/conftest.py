@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core for each process of tests; read when torch is imported
+
 REPO = Path(__file__).resolve().parents[1]
 PIXELS = 32
 TRAIN_PER_CLASS, TEST_PER_CLASS = 12, 5
