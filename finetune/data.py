@@ -72,4 +72,4 @@ class FinetuneData(ImageDataModule):
             len(split), self.samples_per_epoch, self.seed, rank, world_size, repeats=self.repeats
         )
         dataset = SplitDataset(split, self.train_transform, self.seed, self.data.on_corrupt)
-        return self._build_loader(dataset, sampler, self.micro_batch, drop_last=True, loader_class=ResumableLoader)
+        return self._build_loader(dataset, sampler, self.micro_batch, loader_class=ResumableLoader)

@@ -19,7 +19,7 @@ from finetune.layer_decay import build_param_groups
 from finetune.objective import ClassObjective
 from finetune.optim import build_optimizer
 from finetune.resume import convert_position
-from finetune.sharding import clear_gradients, is_sharded, shard
+from finetune.sharding import EveryPass, clear_gradients, is_sharded, shard
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.sampling import seeded_generator
@@ -200,12 +200,16 @@ class FinetuneModule(LightningModule):
         """Score one batch of the evaluation split number `dataloader_idx`, with raw and with averaged weights."""
         name = self.evaluation_names[dataloader_idx]
         self._note_skipped(name, batch)
-        if not len(batch["target"]):
+        empty, sharded = not len(batch["target"]), is_sharded(self.model)
+        if empty and not sharded:
             return
+        model = EveryPass(self.model, self.model.spec.vision.image_size) if sharded else self
         for prefix, weights in self._weight_sets().items():
             with weights:
                 self._text_heads.put(self, prefix)
-                self._meter(prefix + name).update(self(batch["image"]), batch["target"])
+                logits = model(batch["image"])
+                if not empty:
+                    self._meter(prefix + name).update(logits, batch["target"])
 
     def on_train_epoch_end(self) -> None:
         """Close the epoch: one row of history, and selection."""

@@ -159,32 +159,36 @@ class ImageDataModule(LightningDataModule):
         split = self.splits.train
         sampler = EpochSampler(len(split), self.samples_per_epoch, self.seed, *self._rank_and_world_size())
         dataset = SplitDataset(split, self.train_transform, self.seed, self.data.on_corrupt)
-        return self._build_loader(dataset, sampler, self.micro_batch, drop_last=True)
+        return self._build_loader(dataset, sampler, self.micro_batch)
 
     def val_dataloader(self) -> list[SplitLoader]:
-        """This process's share of the evaluation splits; over all processes each sample comes once."""
-        rank, world_size = self._rank_and_world_size()
-        loaders = []
-        for name in self.evaluation_names:
-            split = self.splits.named[name]
-            dataset = SplitDataset(split, self.eval_transform, self.seed, self.data.on_corrupt)
-            share = range(rank, len(split), world_size)
-            loaders.append(self._build_loader(dataset, share, self.micro_batch, drop_last=False))
-        return loaders
+        """This process's batches of the evaluation splits; over all processes each sample comes once.
+
+        All processes have as many batches, since sharded weights need all of them for each pass: the last may be empty.
+        """
+        return [
+            self._load_in_order(name, self.micro_batch, self._rank_and_world_size(), persistent=True)
+            for name in self.evaluation_names
+        ]
 
     def loader(self, name: str, batch_size: int | None = None) -> SplitLoader:
         """All of a split ("train", "holdout", "val", "test") under the evaluation view, in order.
 
         Under `probes.processes.join_trainer` this process's whole batches of it.
         """
+        return self._load_in_order(name, batch_size or self.micro_batch, None, persistent=False)
+
+    def _load_in_order(self, name: str, size: int, of: tuple[int, int] | None, *, persistent: bool) -> SplitLoader:
         split = self.splits.named[name]
-        batches = share_batches(len(split), batch_size or self.micro_batch)
+        batches = share_batches(len(split), size, of)
+        workers = min(self.data.workers, available_cores(), len(batches))
         return SplitLoader(
             SplitDataset(split, self.eval_transform, self.seed, self.data.on_corrupt),
             batch_sampler=batches,
-            num_workers=min(self.data.workers, available_cores(), len(batches)),
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            persistent_workers=persistent and workers > 0,
             generator=seeded_generator(self.seed),
         )
 
@@ -196,10 +200,8 @@ class ImageDataModule(LightningDataModule):
     def _build_loader(
         self,
         dataset: SplitDataset,
-        sampler: EpochSampler | range,
+        sampler: EpochSampler,
         batch_size: int,
-        *,
-        drop_last: bool,
         loader_class: type[SplitLoader] = SplitLoader,
     ) -> SplitLoader:
         workers = min(self.data.workers, available_cores(), -(-len(sampler) // batch_size))
@@ -209,7 +211,7 @@ class ImageDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
-            drop_last=drop_last,
+            drop_last=True,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             # Without one of its own a loader draws its workers' seed from the ambient generator.

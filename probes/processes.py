@@ -139,11 +139,16 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[_world.rank :: _world.size]
 
 
-def share_batches(count: int, size: int) -> list[list[int]]:
-    """This process's batches of `count` positions in order, as many as any other's: the last may be empty."""
+def share_batches(count: int, size: int, of: tuple[int, int] | None = None) -> list[list[int]]:
+    """This process's batches of `count` positions in order, as many as any other's: the last may be empty.
+
+    Args:
+        of: the process's rank and how many there are; None for those of `join_trainer`.
+    """
+    rank, processes = of or (_world.rank, _world.size)
     starts = range(0, count, size)
-    batches = [list(range(start, min(start + size, count))) for start in share(starts)]
-    return batches + [[]] * (-(-len(starts) // _world.size) - len(batches))
+    batches = [list(range(start, min(start + size, count))) for start in starts[rank::processes]]
+    return batches + [[]] * (-(-len(starts) // processes) - len(batches))
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

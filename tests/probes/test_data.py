@@ -185,10 +185,13 @@ def test_evaluation_covers_every_sample_once_over_the_processes(digits, monkeypa
     module = build(digits, test=str(digits), holdout=0.3)
     assert module.evaluation_names == ["holdout", "test"]
     seen = {name: [] for name in module.evaluation_names}
+    batches = {name: set() for name in module.evaluation_names}
     for rank in range(4):  # 9 and 30 samples: neither is a multiple of 4
         monkeypatch.setattr(module, "_rank_and_world_size", lambda rank=rank: (rank, 4))
         for name, loader in zip(module.evaluation_names, module.val_dataloader(), strict=True):
             seen[name] += [index for batch in loader for index in batch["index"].tolist()]
+            batches[name].add(len(loader))
+    assert all(len(numbers) == 1 for numbers in batches.values()), "sharded weights need all processes for each pass"
     assert sorted(seen["holdout"]) == list(range(9))
     assert sorted(seen["test"]) == list(range(30))
 
