@@ -31,7 +31,7 @@ from scipy import stats
 
 REPO = Path(__file__).resolve().parents[1]
 QUICKSTART = "recipes/quickstart"
-METHODS = ("linear", "logistic", "ridge", "knn")
+METHODS = ("linear", "logistic", "ridge", "knn", "ncm")
 SHOTS = (1, 2, 4, 8, 16)
 WITHIN = [f"data.{split}={QUICKSTART}/pictures/twemoji_{split}.tar.gz" for split in ("train", "test")]
 CURVE = REPO / "benchmarks/results/quickstart_wise_ft.svg"
@@ -77,7 +77,7 @@ class Bench:
         return outcome.stdout
 
 
-STORES = {"probes.linear", "probes.logistic", "probes.ridge", "probes.knn"}
+STORES = {f"probes.{method}" for method in METHODS}
 """Commands that read the feature store."""
 
 
