@@ -23,7 +23,7 @@ from finetune.sharding import EveryPass, clear_gradients, is_sharded, shard
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.sampling import seeded_generator
-from probes.step_batch import StepBatch, drop_gradients, loss_scale
+from probes.step_batch import StepBatch, loss_scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +175,7 @@ class FinetuneModule(LightningModule):
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
             return
-        drop_gradients(self.model)
+        self.model.zero_grad()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average.

@@ -17,7 +17,7 @@ from probes.batch_norm import settled_if_single
 from probes.metrics import SplitMeter
 from probes.multi_label_meter import build_meter
 from probes.optim import build_optimizer
-from probes.step_batch import StepBatch, drop_gradients, loss_scale
+from probes.step_batch import StepBatch, loss_scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,7 +123,7 @@ class LinearProbe(LightningModule):
                 "trainer.precision=fp32"
             )
         if not figures.images:  # nothing to learn from: no decay, no momentum
-            drop_gradients(self.head)
+            self.head.zero_grad()
 
     def on_train_epoch_end(self) -> None:
         """Close the epoch: one row of history, and the selected head brought up to date."""

@@ -65,12 +65,6 @@ class StepBatch:
         return norm, StepFigures(size, round(images), loss)
 
 
-def drop_gradients(module: torch.nn.Module) -> None:
-    """Leave a module without gradients: optimizers pass its parameters by, with no decay and no momentum."""
-    for parameter in module.parameters():
-        parameter.grad = None
-
-
 def loss_scale(trainer: pl.Trainer) -> float:
     """Factor of the loss under fp16, else 1."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
