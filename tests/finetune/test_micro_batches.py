@@ -18,11 +18,11 @@ COMMON = ["data.workers=0", "data.on_corrupt=skip", "trainer.global_batch=8", "t
 COMMON += [f"schedule.epochs={EPOCHS}", "schedule.warmup_epochs=0"]
 FINETUNE = [str(REPO / "recipes" / "quickstart" / "finetune.yaml"), "head.start=fresh", "head.pool=gap"]
 FINETUNE += ["regularisation.label_smoothing=0.1", "regularisation.class_weights=auto", "optimizer.name=sgd"]
-FINETUNE += ["optimizer.lr=0.05", "optimizer.beta1=0.5", "ema.decay=0.5", "data.holdout=0.0"]
+FINETUNE += ["optimizer.lr=0.005", "optimizer.beta1=0.5", "ema.decay=0.5", "data.holdout=0.0"]
 PROBE = [str(REPO / "recipes" / "custom" / "linear_folder.yaml"), "head.kind=linear", "head.class_weights=auto"]
 PROBE += ["features.mode=online", "optimizer.name=sgd", "optimizer.lr=1.0", "data.holdout=0.0"]
 CONTRASTIVE = [str(REPO / "recipes" / "quickstart" / "finetune.yaml"), "head.start=zero_shot", "head.pool=cls"]
-CONTRASTIVE += ["head.objective=contrastive", "optimizer.name=sgd", "optimizer.lr=0.02", "optimizer.beta1=0.5"]
+CONTRASTIVE += ["head.objective=contrastive", "optimizer.name=sgd", "optimizer.lr=0.002", "optimizer.clip_grad=1.0"]
 CONTRASTIVE += ["ema.decay=0.5", "data.holdout=0.0"]
 COMMANDS = {
     ("finetune", "single"): ("finetune", FINETUNE),
@@ -84,8 +84,13 @@ def assert_same(found, wanted) -> None:
             assert row[key] == pytest.approx(wanted_row[key], rel=1e-5), key
     for file, state in states.items():
         for name, tensor in state.items():
+            size = max(1.0, float(tensor.abs().max()))  # heads of texts have values around 100
             torch.testing.assert_close(
-                tensor, wanted_states[file][name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+                tensor,
+                wanted_states[file][name],
+                rtol=1e-5,
+                atol=1e-5 * size,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
 
 
